@@ -1,0 +1,348 @@
+"""The networks that are sampled from: the DiT/SiT backbone, its named sizes, and the loading of official checkpoints.
+
+DiT (Peebles & Xie 2023, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740) are one backbone: "SiT-XL/2" is DiT-XL/2 trained under
+`--diffusion flow`. State-dict keys are those of the official code. Conventions stand at the top of diffusion.py. Blocks are numbered from
+1; "features of block k" is the residual stream after block k without any norm, and 0 is the embedded input. Networks have no randomness of
+their own: same inputs, same output, in train and eval mode. Training-only heads live in the training scripts.
+"""
+
+import argparse
+import copy
+import math
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+SIZES = {  # depth, hidden size, heads: DiT Table 1; H is MaskDiT's; Ti is ours, for CPUs
+    "Ti": (6, 128, 4),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "H": (32, 1280, 16),
+}
+PATCHES = (2, 4, 8)
+
+
+def parse_model(name):
+    """ "DiT-XL/2" or "SiT-XL/2" -> {"depth", "hidden_size", "num_heads", "patch_size"}. Raises ValueError for other names."""
+    try:
+        family, rest = name.split("-")
+        size, patch = rest.split("/")
+        depth, hidden_size, num_heads = SIZES[size]
+        if family not in ("DiT", "SiT") or int(patch) not in PATCHES:
+            raise KeyError(name)
+    except (KeyError, ValueError):
+        raise ValueError(f"unknown model {name!r}: choose DiT-SIZE/PATCH with SIZE in {', '.join(SIZES)} and PATCH in 2, 4, 8") from None
+    return {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
+
+
+def position_embedding(dim, grid_size):
+    """Fixed 2-D sin-cos table (1, grid_size**2, dim), patches row by row: channels = [column sin, column cos, row sin, row cos]."""
+    frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, dim / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], 1)  # (grid, dim / 2)
+    columns = axis[None].expand(grid_size, -1, -1)  # [row, column] -> column code
+    rows = axis[:, None].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], 2).reshape(1, grid_size**2, dim).float()
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without affine, then adaLN's shift and scale: x (N, T, D), shift and scale (N, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, in_channels, hidden_size):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal code of the unscaled time (256 channels, cosines first, period up to 10^4) through a two-layer MLP."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(128) / 128), persistent=False)
+
+    def forward(self, t):
+        angles = t.float()[:, None] * self.frequencies  # (N, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))  # (N, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Table of num_classes + 1 rows; the last is the null label. Labels are dropped by the training method, not here."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads, qk_norm=False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        N, T, D = x.shape
+        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        return self.proj(x.transpose(1, 2).reshape(N, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero: DiT section 3.2."""
+
+    def __init__(self, hidden_size, num_heads, qk_norm=False):
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
+        self.mlp = Mlp(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)  # each (N, D)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(x, shift_a, scale_a))
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(x, shift_m, scale_m))  # (N, T, D)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size, out_size):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        return self.linear(modulate(x, shift, scale))  # (N, T, p * p * C_out)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer. `config` holds the constructor arguments as plain values, for checkpoints.
+
+    learn_sigma doubles the output channels (DDPM). input_size is the side of the square input, a multiple of patch_size.
+    """
+
+    def __init__(
+        self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, learn_sigma=False, qk_norm=False
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if input_size % patch_size:
+            raise ValueError(f"input size {input_size} is not divisible by the patch size {patch_size}")
+        self.patch_size = patch_size
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.register_buffer("pos_embed", position_embedding(hidden_size, input_size // patch_size))
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
+        self.init_weights()
+
+    def init_weights(self):
+        """DiT's initialisation: Xavier for linear layers and patches, N(0, 0.02) for label table and time MLP, and zeros for adaLN and the
+        last layer, so that every block starts as the identity and the output as zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (Block, FinalLayer)):
+                nn.init.zeros_(module.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def embed(self, x):
+        """Images (N, C, H, W) -> tokens (N, T, D) with positions: the stream "after block 0"."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def condition(self, t, y):
+        """Times (N,) and labels (N,) -> conditioning (N, D)."""
+        return self.t_embedder(t) + self.y_embedder(y)
+
+    def unpatchify(self, tokens):
+        """(N, T, p * p * C) -> (N, C, H, W); within a token the order is (row, column, channel)."""
+        p, side = self.patch_size, math.isqrt(tokens.shape[1])
+        x = tokens.view(len(tokens), side, side, p, p, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, side * p, side * p)
+
+    def forward(self, x, t, y, features=()):
+        """x (N, C, H, W), t (N,), y (N,) -> out (N, C_out, H, W); with features, block numbers 0 .. depth: (out, {k: tokens (N, T, D)})."""
+        c = self.condition(t, y)
+        x = self.embed(x)
+        kept = {0: x}
+        for k, block in enumerate(self.blocks, 1):
+            x = block(x, c)
+            if k in features:
+                kept[k] = x
+        out = self.unpatchify(self.final_layer(x, c))
+        return (out, {k: kept[k] for k in features}) if features else out
+
+    def tokens_after(self, x, t, y, block):
+        """The stream (N, T, D) after that block; later blocks are not run."""
+        c = self.condition(t, y)
+        x = self.embed(x)
+        for b in self.blocks[:block]:
+            x = b(x, c)
+        return x
+
+
+def build_model(config):
+    """The network a checkpoint describes: `config` of a DiT -> a new DiT."""
+    return DiT(**config)
+
+
+def frozen_copy(model):
+    """A copy that is never trained by gradients, e.g. to hold an EMA."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def to_uint8(images):
+    """Images in [-1, 1] (N, 3, H, W) -> uint8 (N, H, W, 3), as DiT, SiT and ADM store samples: truncation of 127.5 x + 128."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def image_grid(images, columns):
+    """uint8 images (N, H, W, 3) -> one PIL picture, row by row; N must be a multiple of columns."""
+    rows = images.cpu().unflatten(0, (-1, columns))  # (rows, columns, H, W, 3)
+    return Image.fromarray(rows.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy())
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, write):
+    """write(file) to a temporary name, flush, rename: a file that has its final name is complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """A checkpoint of the training scripts, memory-mapped: {"model", "ema", "method", "optimizer", "step", "args", "log"}.
+
+    Raises ValueError, one line, if the file is missing, truncated, or something else. Never runs code from the file.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(content, dict) or not {"model", "ema", "method", "optimizer", "step", "args", "log"} <= set(content):
+        raise ValueError(f"{path} is not a checkpoint of the training scripts")
+    return content
+
+
+# Official checkpoints -------------------------------------------------------------------------------------------------------------------
+
+SOURCES = ("dit", "sit", "repa", "sra")
+TRAINING_HEADS = ("ap_head.", "projectors.")  # SRA's and REPA's heads, unused in sampling
+
+
+def reverse_time(state):
+    """Original-SiT weights, in place -> weights of the same network in our direction of time: f'(x, t) = -f(x, 1 - t), exactly.
+
+    The sinusoidal code of 1 - t is a rotation of that of t, which folds into the first layer of the time MLP; the sign into the last layer.
+    """
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128).double()  # float32 values, as the network uses them
+    cos, sin = frequencies.cos(), frequencies.sin()
+    weight = state["t_embedder.mlp.0.weight"].double()
+    w_cos, w_sin = weight[:, :128], weight[:, 128:]
+    state["t_embedder.mlp.0.weight"] = torch.cat([w_cos * cos + w_sin * sin, w_cos * sin - w_sin * cos], 1).float()
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[name] = -state[name]
+
+
+def load_official(path, source, num_heads, weights="ema"):
+    """Read a checkpoint of the official code: returns (DiT, notes), where notes says in sentences what was converted or left out.
+
+    source: "dit" (also SRA's DiT), "sit" (original SiT), "repa" or "sra" (SiT with time from data to noise).
+    weights: which entry to take of a training checkpoint, "ema" or "model"; a bare state dict is taken as it is.
+    The architecture is read from the tensors; the number of heads cannot be, hence num_heads.
+    Raises ValueError, one line, for an unreadable file and for missing or unexpected keys, all named.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of these repositories hold their flags as one
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    notes = []
+    if "ema" in state or "model" in state:
+        if weights not in state:
+            raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, state))}")
+        state = state[weights]
+        notes.append(f"took the {weights!r} weights of a training checkpoint")
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    heads = [name for name in state if name.startswith(TRAINING_HEADS)]
+    for name in heads:
+        del state[name]
+    if heads:
+        notes.append(f"left out {len(heads)} tensors of training-only heads ({', '.join(sorted({n.split('.')[0] for n in heads}))})")
+    layers = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "final_layer.linear.bias")
+    missing = [name for name in ("pos_embed", *layers, "t_embedder.mlp.0.weight") if name not in state]
+    if missing:
+        raise ValueError(f"{path} is not a DiT or SiT checkpoint: missing {', '.join(missing)}")
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    learn_sigma = len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2
+    if learn_sigma and source != "dit":
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            rows = state[name].unflatten(0, (patch_size, patch_size, 2 * in_channels))
+            state[name] = rows[:, :, :in_channels].flatten(0, 2).clone()
+        learn_sigma = False
+        notes.append(f"dropped {in_channels} output channels that the official forward drops")
+    if source == "sit":
+        reverse_time(state)
+        notes.append("reversed time: t -> 1 - t, v -> -v")
+    model = DiT(
+        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        num_heads=num_heads,
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+        learn_sigma=learn_sigma,
+        qk_norm=any(".q_norm." in name for name in state),
+    )
+    ours = model.state_dict()
+    missing, unexpected = sorted(set(ours) - set(state)), sorted(set(state) - set(ours))
+    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(ours[n].shape)}" for n in ours if n in state and state[n].shape != ours[n].shape]
+    if missing or unexpected or wrong:
+        problems = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
+        raise ValueError(f"{path} does not fit: " + "; ".join(f"{what} {', '.join(names)}" for what, names in problems if names))
+    model.load_state_dict(state)
+    return model.eval(), notes

@@ -1,0 +1,252 @@
+"""Sample images from a checkpoint, on any number of processes.
+
+    python sample.py --ckpt results/train_sra --num 1000 --out samples/sra                          newest checkpoint of a run, its EMA
+    torchrun --nproc_per_node=8 sample.py --ckpt CKPT.pt --num-samples 50000 --solver sde --steps 250               50k on eight GPUs
+    python sample.py --ckpt DiT.pt --official dit --model DiT-XL/2 --solver sde --steps 250 --guidance 1.5 --guidance-channels 3
+                                                                                                    official weights, DiT's own protocol
+
+Writes under --out: samples.npz (ADM's format: `arr_0` uint8 (num, H, W, 3), and `arr_1` int64 labels), grid.png, protocol.json with
+everything the images depend on, and with --png one file an image. Noise and label of image i depend on (--seed, i) alone: the number of
+processes and the batch size change nothing but rounding. An interrupted run goes on when the same command is given again. (--num-samples is
+--num; some versions of torchrun take --num for one of their own options.)
+
+Solvers (diffusion.py cites each): heun and euler integrate the probability-flow ODE (EDM + heun: EDM Algorithm 1; DDPM + euler: DDIM). sde
+is REPA's Euler-Maruyama for flow, ancestral sampling for DDPM, EDM's Algorithm 2 for EDM (--churn S_churn S_min S_max S_noise).
+Pixels are clipped to [-1, 1] at every DDPM step, as Ho et al. do; official checkpoints are latent models, so nothing is clipped.
+Latent models need a VAE to become images; that part is not here yet: --latents stores the latents instead (`arr_0` float32 (num, C, H, W)).
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from diffusion import PROCESSES, Guided, ImageNoise, make_process, sample_ode, sample_sde
+from models import SOURCES, build_model, image_grid, load_checkpoint, load_official, parse_model, to_uint8, write_atomically
+
+
+def fail(message):
+    """A user error: one line on stderr from rank 0, exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"sample.py: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="a checkpoint, or the --out folder of a training run")
+    add("--official", choices=SOURCES, help="the checkpoint is of that official repository ('dit' also for SRA's DiT)")
+    add("--model", help="official checkpoints: DiT-SIZE/PATCH")
+    add("--diffusion", choices=PROCESSES, help="official checkpoints (default: ddpm for dit, else flow)")
+    add("--weights", choices=("ema", "model"), default="ema")
+    add("--out", type=Path, default=Path("samples"))
+    add("--num", "--num-samples", type=int, default=1000)
+    add("--batch-size", type=int, default=64, help="per process")
+    add("--solver", choices=("heun", "euler", "sde"), default="heun")
+    add("--steps", type=int, default=50)
+    add("--guidance", type=float, default=1.0, help="classifier-free guidance scale, >= 1")
+    add("--guidance-interval", type=float, nargs=2, default=(-math.inf, math.inf), metavar=("LOW", "HIGH"), help="in the process's time")
+    add("--guidance-channels", type=int, help="guide the first so many channels only; 3 reproduces DiT (default: all)")
+    add("--churn", type=float, nargs=4, default=(40, 0, math.inf, 1), metavar=("S_churn", "S_min", "S_max", "S_noise"))
+    add("--classes", type=int, nargs="+", help="sample these classes only")
+    add("--labels", choices=("random", "balanced"), default="random", help="a random class each (as in the papers), or in turn")
+    add("--seed", type=int, default=0)
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the sampler's state is float64")
+    add("--latents", action="store_true", help="store what the network generates, float32, without turning it into images")
+    add("--png", action="store_true", help="also write one PNG an image")
+    args = parser.parse_args(argv)
+    for name in ("num", "batch_size", "steps"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.seed < 0:
+        fail(f"--seed {args.seed}: must be 0 or more")
+    return args
+
+
+def load_network(args):
+    """(network, process, description for the protocol) from --ckpt. Raises ValueError with one line."""
+    path = args.ckpt
+    if not path.exists():
+        raise ValueError(f"--ckpt {path}: no such file or folder")
+    if args.official:
+        if not args.model:
+            raise ValueError("--official needs --model, e.g. DiT-XL/2: the number of heads is not in the weights")
+        shape = parse_model(args.model)
+        net, notes = load_official(path, args.official, shape["num_heads"], args.weights)
+        unlike = [f"{k} {net.config[k]}" for k in shape if net.config[k] != shape[k]]
+        if unlike:
+            raise ValueError(f"{path} is not a {args.model}: it has {', '.join(unlike)}")
+        name = args.diffusion or ("ddpm" if args.official == "dit" else "flow")
+        process = make_process(name)
+        if process.learned_variance != net.config["learn_sigma"]:
+            raise ValueError(f"{path} has {net.out_channels} output channels, which does not fit --diffusion {name}")
+        return net, process, {"official": args.official, "model": args.model, "diffusion": name, "notes": notes}
+    if args.model or args.diffusion:
+        raise ValueError("--model and --diffusion are for official checkpoints (--official); ours say themselves what they are")
+    if path.is_dir():
+        found = sorted(path.glob("checkpoints/*.pt")) or sorted(path.glob("*.pt"))
+        if not found:
+            raise ValueError(f"--ckpt {path}: no checkpoints/*.pt in this folder")
+        path = found[-1]
+    saved = load_checkpoint(path)
+    trained = saved["args"]
+    net = build_model(trained["network"])
+    net.load_state_dict(saved[args.weights])
+    about = {"script": trained["script"], "model": trained["model"], "diffusion": trained["diffusion"], "step": saved["step"]}
+    return net.eval(), make_process(trained["diffusion"], clip=True), {"file": path.name, **about, "class_names": trained["classes"]}
+
+
+def stored(folder):
+    """Finished parts of an interrupted run: {first image: (last + 1, path)}, where parts start."""
+    parts = {}
+    for path in folder.glob("*.npz"):
+        match = re.fullmatch(r"(\d+)-(\d+)\.npz", path.name)
+        if match:
+            parts[int(match[1])] = (int(match[2]), path)
+    return parts
+
+
+def missing_batches(parts, num, batch_size):
+    """Ranges (first, last + 1) of images not yet made, each at most batch_size long."""
+    batches, i = [], 0
+    while i < num:
+        if i in parts:
+            i = parts[i][0]
+            continue
+        end = min([i + batch_size, num, *(first for first in parts if first > i)])
+        batches.append((i, end))
+        i = end
+    return batches
+
+
+def join_parts(parts, num, path):
+    """Write samples.npz part by part, so that 50,000 large images need no memory: arr_0 as it was stored, arr_1 labels."""
+    ordered = [parts[first][1] for first in sorted(parts) if first < num]
+    labels = np.concatenate([np.load(part)["labels"] for part in ordered])[:num]
+    first = np.load(ordered[0])["images"]
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+                header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (num, *first.shape[1:])}
+                np.lib.format.write_array_header_1_0(entry, header)
+                for part in ordered:
+                    entry.write(np.load(part)["images"].tobytes())
+            with archive.open("arr_1.npy", "w") as entry:
+                np.lib.format.write_array(entry, labels)
+
+    write_atomically(path, write)
+
+
+def main(args):
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_float32_matmul_precision("high")
+    try:
+        net, process, about = load_network(args)
+        num_classes = net.config["num_classes"]
+        net = net.to(device)
+        shape = (net.config["in_channels"], net.config["input_size"], net.config["input_size"])
+        process.times(args.steps)
+        guided = Guided(net, args.guidance, num_classes, tuple(args.guidance_interval), args.guidance_channels)
+    except ValueError as error:
+        fail(error)
+    classes = args.classes or list(range(num_classes))
+    if not all(0 <= c < num_classes for c in classes):
+        fail(f"--classes {' '.join(map(str, args.classes))}: the model knows classes 0 to {num_classes - 1}")
+    if shape[0] != 3 and not args.latents:
+        fail(f"{args.ckpt} generates latents of {shape[0]} channels, and there is no VAE here yet: --latents stores them as they are")
+    if world > 1:
+        dist.init_process_group("gloo")
+    churn = dict(zip(("S_churn", "S_min", "S_max", "S_noise"), args.churn))
+    churned = about["diffusion"] == "edm" and args.solver == "sde"
+    protocol = {
+        "checkpoint": {"path": str(args.ckpt), "weights": args.weights, **about},
+        "sampler": {"solver": args.solver, "steps": args.steps, "churn": churn if churned else None},
+        "guidance": {"scale": args.guidance, "interval": list(args.guidance_interval), "channels": args.guidance_channels or shape[0]},
+        "labels": {"classes": classes if args.classes else "all", "how": args.labels},
+        "num": args.num, "seed": args.seed, "precision": args.precision, "latents": args.latents,
+    }  # fmt: skip
+    protocol = json.loads(json.dumps(protocol).replace("-Infinity", '"-inf"').replace("Infinity", '"inf"'))
+
+    parts_folder, finished = args.out / "parts", args.out / "samples.npz"
+    if rank == 0:
+        description = args.out / "protocol.json"
+        if description.exists() and json.loads(description.read_text()) != protocol:
+            fail(f"{args.out} holds samples of another run (see its protocol.json): choose another --out")
+        parts_folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(description, lambda file: file.write(json.dumps(protocol, indent=1).encode()))
+    if world > 1:
+        dist.barrier()
+    parts = {0: (args.num, finished)} if finished.exists() else stored(parts_folder)
+    batches = missing_batches(parts, args.num, args.batch_size)
+    bar = tqdm(total=args.num, initial=args.num - sum(b - a for a, b in batches), disable=rank > 0, unit="img", dynamic_ncols=True)
+    if world > 1:
+        dist.barrier()  # every rank has seen the same parts before the first new one
+    for k, (first, end) in enumerate(batches):
+        if k % world == rank:
+            draw = ImageNoise(args.seed, range(first, end), shape, device)
+            noise = draw()
+            in_turn = torch.tensor([classes[i % len(classes)] for i in range(first, end)], device=device)
+            y = draw.choice(classes) if args.labels == "random" else in_turn
+            with torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else contextlib.nullcontext():
+                if args.solver == "sde":
+                    x = sample_sde(guided, process, noise, y, args.steps, draw, churn=churn)
+                else:
+                    x = sample_ode(guided, process, noise, y, args.steps, args.solver)
+            images = (x.float() if args.latents else to_uint8(x)).cpu().numpy()
+            write_atomically(
+                parts_folder / f"{first}-{end}.npz",
+                lambda file, images=images, y=y: np.savez(file, images=images, labels=y.cpu().numpy()),
+            )
+        bar.update(end - first)
+    if world > 1:
+        dist.barrier()
+    if rank == 0 and batches:
+        join_parts(stored(parts_folder), args.num, finished)
+    if rank == 0:
+        shutil.rmtree(parts_folder, ignore_errors=True)
+        if not args.latents:
+            write_pictures(args, finished)
+        bar.close()
+        print(f"{args.num} samples in {finished}", flush=True)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def write_pictures(args, finished):
+    """grid.png of the first images, at most 8 x 8, and with --png every image."""
+    images = np.load(finished, mmap_mode="r")["arr_0"]
+    columns = min(8, args.num)
+    shown = torch.from_numpy(images[: min(8, args.num // columns) * columns])
+    write_atomically(args.out / "grid.png", lambda file: image_grid(shown, columns).save(file, "png"))
+    if args.png:
+        (args.out / "png").mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(args.out / "png" / f"{i:06d}.png")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,335 @@
+"""Processes, samplers and guidance: reference values of official code, and closed forms."""
+
+import math
+
+import pytest
+import torch
+
+import diffusion
+from diffusion import DDPM, EDM, Flow, Guided, ImageNoise, sample_ode, sample_sde
+
+
+def mean_per_image(loss):
+    return loss.flatten(1).mean(1)
+
+
+def replay(noises):
+    """A `draw` that hands out stored noises in order."""
+    return iter(noises).__next__
+
+
+# Official reference values --------------------------------------------------------------------------------------------------------------
+
+
+def test_sit_transport(golden):
+    """SiT's code has t = 0 at noise: our t is 1 - t, our velocity -u."""
+    g = golden("sit_transport")
+    i = g.inputs
+    for name, flow in (("linear", Flow()), ("gvp", Flow("gvp"))):
+        t = 1 - i["t"]
+        g.check(f"{name}_x_t", flow.add_noise(i["x1"], i["x0"], t))
+        g.check(f"{name}_u_t", -flow.target(i["x1"], i["x0"], t))
+        g.check(f"{name}_loss", mean_per_image(flow.loss(-i["model_output"], i["x1"], i["x0"], t)))
+        score_t = 1 - i["score_t"]
+        g.check(f"{name}_score", flow.score(-i["score_v"], i["score_x"], score_t))
+        g.check(f"{name}_noise", flow.noise(-i["score_v"], i["score_x"], score_t))
+        # "back" is the velocity recovered from the score: ours must map it to that same score.
+        back = flow.score(-g.outputs[f"{name}_back"], i["score_x"], score_t)
+        torch.testing.assert_close(back, g.outputs[f"{name}_score"], rtol=1e-5, atol=5e-4)
+    g.all_checked("linear_back", "gvp_back")
+
+
+def repa_net(dtypes):
+    def net(x, t, y):
+        dtypes.append((x.dtype, len(x)))
+        g = torch.where(y == 1000, torch.zeros_like(y), y + 1).to(x.dtype)
+        return 0.5 * x * (1 + t.reshape(-1, 1, 1, 1)) - 0.1 * g.reshape(-1, 1, 1, 1)
+
+    return net
+
+
+def test_repa_samplers(golden):
+    g = golden("repa_samplers")
+    z, y, flow = g.inputs["z"], g.inputs["y"], Flow()
+    steps, calls = g.config["num_steps"], g.config["network_calls_total_and_with_doubled_batch"]
+    g.check("grid_ode", flow.times(steps))
+    seen = []
+    for name in ("euler", "heun", "sde"):
+        for suffix in ("", "_cfg"):
+            log = []
+            net = repa_net(log)
+            if suffix:
+                net = Guided(net, g.config["cfg_scale"], 1000, (g.config["guidance_low"], g.config["guidance_high"]))
+            if name == "sde":
+                times = []
+                plain = flow.velocity
+                flow.velocity = lambda out, x, t, plain=plain, times=times: (times.append(t[0].item()), plain(out, x, t))[1]
+                x = sample_sde(net, flow, z, y, steps, replay(g.inputs["noises"]))
+                del flow.velocity
+                g.check("grid_sde", torch.tensor([*times, 0.0], dtype=torch.float64))
+            else:
+                x = sample_ode(net, flow, z, y, steps, solver=name)
+            assert x.dtype == torch.float64 and all(dtype == torch.float32 for dtype, _ in log)
+            assert [len(log), sum(n == 2 * len(z) for _, n in log)] == calls[name + suffix]
+            g.check(name + suffix, x)
+            seen.append(x)
+    i = g.inputs
+    g.check("score_linear", flow.score(i["score_v"], i["score_x"], i["score_t"]))
+    g.check("score_cosine", Flow("gvp").score(i["score_v"], i["score_x"], i["score_t"]))
+    g.all_checked()
+
+
+def test_edm_sampler(golden):
+    """The golden's denoiser D is turned into a raw output F, which the preconditioning turns back into D."""
+    g = golden("edm_sampler")
+    edm = EDM()
+    z = g.inputs["z"]
+    y = torch.zeros(len(z), dtype=torch.int64)
+    calls = []
+
+    def net(x_in, c_noise, y):
+        sigma = (4 * c_noise).exp()
+        calls.append(sigma[0].item())
+        c_skip, c_out, c_in, _ = (c.reshape(-1, 1, 1, 1) for c in edm.preconditioning(sigma))
+        x, s2 = x_in / c_in, sigma.square().reshape(-1, 1, 1, 1)
+        return ((0.25 * x + s2 * 0.3) / (0.25 + s2) - c_skip * x) / c_out
+
+    for steps in (18, 40):
+        g.check(f"sigmas_{steps}", edm.times(steps))
+        calls.clear()
+        g.check(f"x_edm_{steps}", sample_ode(net, edm, z, y, steps, "heun", dtype=torch.float64))
+        g.check(f"calls_{steps}", torch.tensor(calls, dtype=torch.float64))
+        g.check(f"x_maskdit_{steps}", sample_ode(net, edm, z, y, steps, "heun"))
+    for name in ("churn_a", "churn_b"):
+        churn = {k: float(v) for k, v in g.config[name].items()}
+        calls.clear()
+        g.check(f"x_edm_{name}", sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), torch.float64, churn))
+        g.check(f"calls_{name}", torch.tensor(calls, dtype=torch.float64))
+        g.check(f"x_maskdit_{name}", sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), churn=churn))
+    g.all_checked()
+
+
+def statistics(v):
+    return torch.stack([v.sum(), v.mean(), v.std(correction=0), v.min(), v.max()])
+
+
+def test_ddpm(golden):
+    g = golden("ddpm")
+    i, ddpm = g.inputs, DDPM()
+    t = torch.arange(1000)
+    mean_x0, mean_xt, log_beta, log_variance = ddpm.posterior(t, t - 1)
+    variance = log_variance.exp().clone()
+    variance[0] = 0
+    tables = {
+        "betas": log_beta.exp(),
+        "alphas_cumprod": ddpm.abar(t),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": log_variance,
+        "posterior_mean_coef1": mean_x0,
+        "posterior_mean_coef2": mean_xt,
+    }
+    for name, table in tables.items():
+        g.check(f"{name}_at", table[i["idx"]])
+        g.check(f"{name}_stat", statistics(table))
+    g.check("space_1000_250", ddpm.times(250)[:-1].flip(0))
+    g.check("space_1000_ddim50", DDPM(strided=True).times(50)[:-1].flip(0))
+
+    t, out = i["t"], i["model_output"]
+    x_t = ddpm.add_noise(i["x_start"], i["noise"], t)
+    g.check("x_t", x_t)
+    loss = ddpm.loss(out, i["x_start"], i["noise"], t)
+    vb = ddpm.variational_bound(out, i["x_start"], i["noise"], t)
+    g.check("loss", mean_per_image(loss))
+    g.check("vb", mean_per_image(vb))
+    g.check("mse", mean_per_image((out[:, :4] - ddpm.target(i["x_start"], i["noise"], t)).square()))
+    mean_x0, mean_xt, _, _ = (v.float().reshape(-1, 1, 1, 1) for v in ddpm.posterior(t, t - 1))
+    x0 = ddpm.denoise(out, x_t, t)
+    g.check("p_pred_xstart", x0)
+    g.check("p_mean", mean_x0 * x0 + mean_xt * x_t)
+    g.check("p_log_variance", ddpm.log_variance(out, t, t - 1))
+
+    def net(x, t, y):
+        s = (t.to(x.dtype) / 1000).reshape(-1, 1, 1, 1)
+        return torch.cat([0.8 * x * (0.2 + s) - 0.05, 0.5 * x / (1 + x.abs()) + s - 0.5], 1)
+
+    y = torch.zeros(len(i["z"]), dtype=torch.int64)
+    for name, process in (("n", ddpm), ("ddim", DDPM(strided=True))):
+        grid = process.times(10)
+        g.check(f"map_{name}", grid[:-1].flip(0))
+        g.check(f"betas_{name}", process.posterior(grid[:-1], grid[1:])[2].exp().flip(0))
+    g.check("p_sample", sample_sde(net, ddpm, i["z"], y, 10, replay(i["noises"])))
+    g.check("p_sample_clip", sample_sde(net, DDPM(clip=True), i["z"], y, 10, replay(i["noises"])))
+    g.check("ddim", sample_ode(net, ddpm, i["z"], y, 10, "euler"))
+    g.check("ddim_clip", sample_ode(net, DDPM(clip=True), i["z"], y, 10, "euler"))
+    g.check("ddim_strided", sample_ode(net, DDPM(strided=True), i["z"], y, 10, "euler"))
+    g.all_checked()
+
+
+# Closed forms ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Mixture:
+    """Two Gaussians in two dimensions (pixels of a (1, 1, 2) image): the exact E[x_0 | x_t] for x_t = a x_0 + s eps."""
+
+    means = torch.tensor([[0.6, -0.3], [-0.4, 0.5]], dtype=torch.float64)
+    factors = torch.tensor([[[0.30, 0.0], [0.12, 0.20]], [[0.15, 0.0], [-0.10, 0.25]]], dtype=torch.float64)
+    weights = torch.tensor([0.35, 0.65], dtype=torch.float64)
+
+    def moments(self):
+        covs = self.factors @ self.factors.mT
+        mean = self.weights @ self.means
+        centred = self.means - mean
+        return mean, torch.einsum("k,kij->ij", self.weights, covs + centred[:, :, None] * centred[:, None, :])
+
+    def denoise(self, x, a, s):
+        """x (N, 2), scalars a and s of the whole batch -> (N, 2)."""
+        covs = self.factors @ self.factors.mT
+        total = a * a * covs + s * s * torch.eye(2, dtype=torch.float64)
+        away = x[:, None] - a * self.means  # (N, K, 2)
+        solved = torch.einsum("kij,nkj->nki", torch.linalg.inv(total), away)
+        logits = self.weights.log() - 0.5 * (away * solved).sum(-1) - 0.5 * torch.logdet(total)
+        posterior_means = self.means + a * torch.einsum("kij,nkj->nki", covs, solved)
+        return (logits.softmax(1)[:, :, None] * posterior_means).sum(1)
+
+
+def exact_net(process, mixture):
+    """The raw output that an infinitely trained network of this process would give."""
+
+    def net(x_in, t_in, y):
+        x_in = x_in.double()
+        t = t_in[0]
+        if isinstance(process, EDM):
+            sigma = (4 * t.double()).exp()
+            c_skip, c_out, c_in, _ = process.preconditioning(sigma)
+            x = x_in / c_in
+            D = mixture.denoise(x.flatten(1), 1.0, sigma).view_as(x)
+            return (D - c_skip * x) / c_out
+        if isinstance(process, DDPM):
+            abar = process.abar(t)
+            D = mixture.denoise(x_in.flatten(1), abar.sqrt(), (1 - abar).sqrt()).view_as(x_in)
+            eps = (x_in - abar.sqrt() * D) / (1 - abar).sqrt()
+            return torch.cat([eps, torch.ones_like(eps)], 1)  # variance: beta, right for many small steps
+        a, s, da, ds = process.coefficients(t.double())
+        D = mixture.denoise(x_in.flatten(1), a, s).view_as(x_in)
+        return da * D + ds * (x_in - a * D) / s
+
+    return net
+
+
+SOLVERS = [
+    # process, solver, steps; Euler needs more
+    (Flow(), "heun", 60),
+    (Flow(), "euler", 500),
+    (Flow("gvp"), "heun", 60),
+    (Flow("gvp"), "euler", 500),
+    (EDM(), "heun", 40),
+    (EDM(), "euler", 500),
+    (DDPM(), "heun", 100),
+    (DDPM(), "euler", 1000),
+    (Flow(), "sde", 500),
+    (Flow("gvp"), "sde", 500),
+    (EDM(), "sde", 60),
+    (DDPM(), "sde", 1000),
+]
+
+
+@pytest.mark.parametrize("process,solver,steps", SOLVERS, ids=[f"{type(p).__name__}-{getattr(p, 'path', '')}-{s}" for p, s, _ in SOLVERS])
+def test_every_solver_lands_on_a_gaussian_mixture(process, solver, steps):
+    """The exact denoiser of a mixture must be sampled back to its mean and covariance.
+
+    ODE: 4,096 quasi-random starting points. SDE: 10,000 random ones, whose own sampling error is about 0.005. Flow's SDE ends with one
+    noise-free step from 0.04 (REPA), which leaves 0.04 of noise per pixel (variance 0.0016).
+    """
+    mixture, n = Mixture(), 10000 if solver == "sde" else 4096
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(n, dtype=torch.float64)
+    noise = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).reshape(n, 1, 1, 2)
+    y = torch.zeros(n, dtype=torch.int64)
+    net = exact_net(process, mixture)
+    if solver == "sde":
+        draw = lambda: torch.randn(n, 1, 1, 2, generator=generator)  # noqa: E731
+        x = sample_sde(net, process, noise, y, steps, draw, torch.float64, {"S_churn": 20.0} if isinstance(process, EDM) else None)
+    else:
+        x = sample_ode(net, process, noise, y, steps, solver, torch.float64)
+    x = x.flatten(1)
+    mean, cov = mixture.moments()
+    if isinstance(process, Flow) and solver == "sde":
+        cov = cov + 0.0016 * torch.eye(2)
+    atol = 0.015 if solver == "sde" else 0.005
+    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=atol)
+    torch.testing.assert_close(x.T.cov(), cov, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", diffusion.PROCESSES)
+def test_target_denoise_and_loss_agree(name):
+    """A perfect output has zero (squared-error) loss and denoises to x_0 exactly."""
+    process = diffusion.make_process(name)
+    x0, noise = torch.randn(2, 64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    t = process.draw_t(64, "cpu")
+    x_t = process.add_noise(x0, noise, t)
+    out = process.target(x0, noise, t)
+    torch.testing.assert_close(process.denoise(out, x_t, t), x0, rtol=1e-5, atol=2e-4 if name == "edm" else 1e-6)
+    if name == "ddpm":
+        out = torch.cat([out, torch.zeros_like(out)], 1)
+        torch.testing.assert_close(process.loss(out, x0, noise, t), process.variational_bound(out, x0, noise, t), rtol=0, atol=1e-12)
+    else:
+        assert process.loss(out, x0, noise, t).max() < 1e-12
+
+
+def test_edm_weight_times_c_out_squared_is_one():
+    """EDM's weighted denoising loss, written out, equals the plain loss of the raw output: for sigma from 1e-3 to 1e2."""
+    edm = EDM()
+    sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
+    x0, noise, out = torch.randn(3, 50, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x_t = edm.add_noise(x0, noise, sigma)
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    literal = weight.reshape(-1, 1, 1, 1) * (edm.denoise(out, x_t, sigma) - x0) ** 2
+    torch.testing.assert_close(edm.loss(out, x0, noise, sigma).double(), literal, rtol=2e-5, atol=1e-5)
+
+
+def test_training_times():
+    torch.manual_seed(0)
+    t = Flow().draw_t(100_000, "cpu")
+    assert 0 <= t.min() and t.max() < 1 and abs(t.mean() - 0.5) < 0.005
+    log_sigma = EDM().draw_t(100_000, "cpu").log()
+    assert abs(log_sigma.mean() + 1.2) < 0.02 and abs(log_sigma.std() - 1.2) < 0.02
+    t = DDPM().draw_t(100_000, "cpu")
+    assert t.dtype == torch.int64 and t.min() == 0 and t.max() == 999
+
+
+# Guidance and draws ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_costs_one_forward_at_scale_one_and_outside_the_interval():
+    sizes = []
+
+    def net(x, t, y):
+        sizes.append(len(x))
+        return x * y.reshape(-1, 1, 1, 1)
+
+    noise, y = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    plain = sample_ode(net, Flow(), noise, y, 10, "euler")
+    assert sizes == [3] * 10
+    sizes.clear()
+    assert torch.equal(sample_ode(Guided(net, 1.0, 4), Flow(), noise, y, 10, "euler"), plain)
+    assert sizes == [3] * 10
+    sizes.clear()
+    sample_ode(Guided(net, 2.0, 4, (0.25, 0.55)), Flow(), noise, y, 10, "euler")
+    assert sizes == [3, 3, 3, 3, 3, 6, 6, 6, 3, 3]
+
+
+@pytest.mark.parametrize("scale", [0.999, 0.0, -1.0, math.nan])
+def test_guidance_below_one_is_refused(scale):
+    with pytest.raises(ValueError, match="below 1"):
+        Guided(None, scale, 10)
+
+
+def test_image_noise_depends_on_seed_and_index_alone():
+    whole = ImageNoise(7, range(5), (2, 3, 3))
+    parts = [ImageNoise(7, [i], (2, 3, 3)) for i in range(5)]
+    for _ in range(3):  # successive draws, too
+        assert torch.equal(whole(), torch.cat([p() for p in parts]))
+    values = whole.choice([4, 5, 6])
+    assert torch.equal(values, torch.cat([p.choice([4, 5, 6]) for p in parts]))
+    assert not torch.equal(ImageNoise(8, [0], (2, 3, 3))(), ImageNoise(7, [0], (2, 3, 3))())

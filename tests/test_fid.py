@@ -1,0 +1,479 @@
+"""fid.py: the network and the distance against reference values, the statistics against numpy, and the command line with all its errors."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from conftest import EVAL, GOLDENS, ROOT, recipe_draw, recipe_tensor
+from PIL import Image
+
+import fid
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads on two busy cores wait for each other: 5 s instead of 0.3 s for one pass of Inception."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def reference(case):
+    meta = EVAL[case]
+    return meta, np.load(GOLDENS / meta["file"])
+
+
+def inception_images(case):
+    """uint8 (N, 3, H, W) by the rule of README_eval: every drawn pixel repeated block x block, cropped."""
+    spec = EVAL[case]["inputs"]["images"]
+    drawn = recipe_draw(EVAL[case]["salt"], case, "images").randint(0, 256, spec["drawn_shape"]).astype(np.uint8)
+    height, width = spec["shape"][2:]
+    return torch.from_numpy(drawn.repeat(spec["block"], 2).repeat(spec["block"], 3)[:, :, :height, :width].copy())
+
+
+@pytest.fixture(scope="module")
+def inception_weights():
+    names = json.loads((GOLDENS / "eval_state_dicts.json").read_text())["inception"]
+    weights = {}
+    for name, (shape, kind) in names.items():
+        gain = 1.0 if name == "fc.weight" else math.sqrt(2)
+        weights[name] = torch.zeros(shape, dtype=torch.long) if kind == "keep" else recipe_tensor("public", name, shape, kind, gain)
+    assert len(weights) == 566
+    return weights
+
+
+@pytest.fixture(scope="module")
+def inception(inception_weights):
+    network = fid.InceptionV3()
+    kept = [name for name in inception_weights if name.endswith("num_batches_tracked")]
+    assert all(torch.equal(network.state_dict()[name], inception_weights[name]) for name in kept)
+    network.load_state_dict(inception_weights, strict=True)
+    return network
+
+
+# The network
+
+
+def check_slices(arrays, tolerance, name, value, step=(slice(None), slice(None, None, 8))):
+    value = value.numpy()
+    np.testing.assert_allclose(value[step], arrays[f"{name}_slice"], **tolerance, err_msg=name)
+    np.testing.assert_allclose(value.mean(1), arrays[f"{name}_mean"], **tolerance, err_msg=name)
+    np.testing.assert_allclose(value.std(1), arrays[f"{name}_std"], **tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["inception_s64", "inception_s256", "inception_s299", "inception_s400"])
+def test_inception_matches_both_reference_codes(case, inception):
+    meta, arrays = reference(case)
+    tolerance = {"rtol": meta["tolerance"]["rtol"], "atol": meta["tolerance"]["atol"]}
+    assert tolerance == {"rtol": 1e-4, "atol": 1e-4}
+    images = inception_images(case)
+    np.testing.assert_allclose(fid.resize_tf1(images)[:, :, ::23, ::29], arrays["resize_tf1_slice"], **tolerance)
+    np.testing.assert_allclose(fid.resize_pytorch_fid(images)[:, :, ::23, ::29], arrays["resize_torch_slice"], **tolerance)
+    with torch.inference_mode():
+        inception.resize = "pytorch-fid"
+        check_slices(arrays, tolerance, "pt_2048", inception(images))
+        inception.resize = "tf1"
+        out = inception.activations(images)
+    assert all(value.dtype == torch.float32 for value in out.values())
+    check_slices(arrays, tolerance, "tf_2048", out["pool"])
+    check_slices(arrays, tolerance, "tf_logits_unbiased", out["logits_unbiased"])
+    check_slices(arrays, tolerance, "tf_logits", out["logits_unbiased"] + inception.fc.bias.detach())
+    check_slices(arrays, tolerance, "sfid_2023", out["spatial"], step=(slice(None), slice(3, None, 7)))
+    np.testing.assert_allclose(out["spatial"][:, :28], arrays["sfid_first28"], **tolerance)
+
+
+def test_resize_tf1_is_the_literal_formula():
+    image = torch.randint(0, 256, (1, 1, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    resized = fid.resize_tf1(image, size=11)
+    for i in range(11):
+        for j in range(11):
+            y, x = i * 5 / 11, j * 7 / 11
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, 4), min(x0 + 1, 6)
+            p = image[0, 0].double()
+            top, bottom = p[y0, x0] + (p[y0, x1] - p[y0, x0]) * (x - x0), p[y1, x0] + (p[y1, x1] - p[y1, x0]) * (x - x0)
+            assert resized[0, 0, i, j].item() == pytest.approx((top + (bottom - top) * (y - y0)).item(), abs=1e-3)
+
+
+def test_inception_is_in_eval_mode_and_independent_of_the_batch(inception):
+    assert not any(module.training for module in inception.modules())
+    images = inception_images("inception_s64")
+    with torch.inference_mode():
+        together, alone = inception(images[:2]), torch.cat([inception(images[:1]), inception(images[1:2])])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+# Distance and statistics
+
+
+def frechet_pair(pair, arrays, salt):
+    """mu1, sigma1, mu2, sigma2 of one of the manifest's pairs."""
+    if "names" not in pair:
+        first, second = ("1", "1") if "itself" in pair["kind"] else ("1", "2")
+        return [arrays[f"{key}{side}_{pair['dim']}"].astype(np.float64) for side in (first, second) for key in ("mu", "sigma")]
+    stats = []
+    for name, n, scale, shift in zip(pair["names"], pair["n"], pair["scale"], pair["shift"]):
+        draw = recipe_draw(salt, "frechet", name).standard_normal((n, pair["dim"]))
+        features = torch.from_numpy((scale * draw + shift).astype(np.float32)).double()
+        stats += [x.numpy() for x in fid.mean_covariance(features.sum(0), features.T @ features, n)]
+    return stats
+
+
+FRECHET = EVAL["frechet"]["pairs"]
+
+
+@pytest.mark.parametrize("index", range(7), ids=[pair["name"] for pair in FRECHET])
+def test_frechet_distance_matches_reference(index):
+    meta, arrays = reference("frechet")
+    assert len(FRECHET) == 7
+    stats = frechet_pair(FRECHET[index], arrays, meta["salt"])
+    distance = fid.frechet_distance(*stats)
+    for code in ("pytorch_fid", "torch_fidelity", "symmetric_reference"):
+        np.testing.assert_allclose(distance, arrays[f"fid_{code}__f64"][index], rtol=1e-6, atol=1e-5, err_msg=code)
+    for name, pair in (("features", "features_256"), ("low1", "rank_deficient_64")):
+        if FRECHET[index]["name"] == pair:
+            np.testing.assert_allclose(stats[0], arrays[f"mu_{name}"], rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(stats[1][:8, :8], arrays[f"sigma_{name}_slice"], rtol=1e-6, atol=1e-6)
+
+
+def test_frechet_distance_closed_forms():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((24, 16))
+    sigma = a.T @ a / 24
+    mu1, mu2 = rng.standard_normal((2, 16))
+    assert fid.frechet_distance(mu1, sigma, mu2, sigma) == pytest.approx(((mu1 - mu2) ** 2).sum(), rel=1e-9)
+    v1, v2 = rng.uniform(0.1, 3, (2, 16))
+    expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(v1) - np.sqrt(v2)) ** 2).sum()
+    assert fid.frechet_distance(mu1, np.diag(v1), mu2, np.diag(v2)) == pytest.approx(expected, rel=1e-9)
+    assert fid.frechet_distance(mu1, sigma, mu1, sigma) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="different dimensions"):
+        fid.frechet_distance(mu1, sigma, mu2[:8], sigma[:8, :8])
+
+
+# Command line
+
+
+class Means(torch.nn.Module):
+    """12 features: mean, a 2 x 2 pool and an edge term of every channel; enough to tell images, channels and positions apart."""
+
+    def __init__(self, size: int = 2):
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.float() / 255
+        return torch.nn.functional.adaptive_avg_pool2d(x, [self.size, self.size]).flatten(1)
+
+
+def means(images):
+    n, h, w, c = images.shape
+    return (images / 255.0).reshape(n, 2, h // 2, 2, w // 2, c).mean((2, 4)).transpose(0, 3, 1, 2).reshape(n, -1)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Two sets of images as npz, the first as PNG folder too (in two levels), and two scripted feature networks."""
+    path = tmp_path_factory.mktemp("fid")
+    rng = np.random.default_rng(1)
+    images = {"a": rng.integers(0, 256, (41, 8, 8, 3), dtype=np.uint8), "b": rng.integers(0, 200, (53, 8, 8, 3), dtype=np.uint8)}
+    for name, array in images.items():
+        np.savez(path / f"{name}.npz", array)
+    for i, image in enumerate(images["a"]):
+        folder = path / "a" / f"{i // 20:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:06d}.png")
+    torch.jit.script(Means()).save(path / "features.pt")
+    torch.jit.script(Means(3)).save(path / "other.pt")
+    return path, images
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*argv):
+        """JSON object and stderr of main()."""
+        fid.main([str(arg) for arg in argv] + ["--device", "cpu"])
+        out, err = capsys.readouterr()
+        assert out.count("\n") == 1
+        return json.loads(out), err
+
+    return run
+
+
+def expected_distance(a, b):
+    a, b = means(a), means(b)
+    return fid.frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+
+
+def test_distance_from_images_is_that_of_numpy(work, run):
+    path, images = work
+    result, err = run(path / "a.npz", path / "b.npz", "--features", path / "features.pt")
+    assert result["frechet_distance"] == pytest.approx(expected_distance(images["a"], images["b"]), rel=1e-5)
+    assert "fid" not in result
+    assert (result["num_samples"], result["num_reference"]) == (41, 53)
+    assert result["features"]["file"] == str(path / "features.pt") and len(result["features"]["sha256"]) == 64
+    assert err.count("\n") == 1 and err.startswith("fid.py: warning: 41 samples")
+
+
+def test_batch_size_does_not_matter(work, run):
+    path, _ = work
+    values = [run(path / "a.npz", path / "b.npz", "--features", path / "features.pt", "--batch-size", n)[0] for n in (1, 7, 64)]
+    for value in values[1:]:
+        assert value["frechet_distance"] == pytest.approx(values[0]["frechet_distance"], rel=1e-6)
+
+
+def test_folder_equals_npz(work, run):
+    path, _ = work
+    folder, npz = (run(path / name, path / "b.npz", "--features", path / "features.pt", "--batch-size", 8)[0] for name in ("a", "a.npz"))
+    assert folder["num_samples"] == 41 and folder["frechet_distance"] == npz["frechet_distance"]
+
+
+def test_set_against_itself_is_zero(work, run):
+    path, _ = work
+    assert run(path / "a", path / "a.npz", "--features", path / "features.pt")[0]["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_num_takes_the_first_samples(work, run):
+    path, images = work
+    for name in ("a", "a.npz"):
+        result, _ = run(path / name, path / "b.npz", "--features", path / "features.pt", "--num", 30)
+        assert (result["num_samples"], result["num_reference"]) == (30, 53)
+        assert result["frechet_distance"] == pytest.approx(expected_distance(images["a"][:30], images["b"]), rel=1e-5)
+
+
+def test_saved_statistics_equal_images(work, run, tmp_path, monkeypatch):
+    path, images = work
+    flags = ("--features", path / "features.pt")
+    direct, _ = run(path / "a.npz", path / "b.npz", *flags)
+    for name in ("a", "b"):
+        saved, err = run("--save-stats", tmp_path / f"{name}.npz", path / f"{name}.npz", *flags)
+        assert saved["statistics"] == str(tmp_path / f"{name}.npz") and saved["num_samples"] == len(images[name]) and err == ""
+    stats = np.load(tmp_path / "a.npz", allow_pickle=False)
+    np.testing.assert_allclose(stats["sigma"], np.cov(means(images["a"]), rowvar=False), rtol=1e-5, atol=1e-8)
+    assert stats["mu"].dtype == stats["sigma"].dtype == np.float64 and stats["num"] == 41
+    for sides in ((path / "a.npz", tmp_path / "b.npz"), (tmp_path / "a.npz", path / "b.npz"), (tmp_path / "a.npz", tmp_path / "b.npz")):
+        result, _ = run(*sides, *flags)
+        assert result["frechet_distance"] == pytest.approx(direct["frechet_distance"], rel=1e-9)
+        assert result["num_reference"] == 53
+    monkeypatch.setattr(fid, "load_inception", None)  # two statistics files need no network at all
+    result, _ = run(tmp_path / "a.npz", tmp_path / "b.npz")
+    assert result["frechet_distance"] == pytest.approx(direct["frechet_distance"], rel=1e-9)
+    assert result["features"] == direct["features"]
+
+
+def test_statistics_without_a_feature_name_are_taken_with_a_warning(work, run, tmp_path):
+    path, images = work
+    b = means(images["b"])
+    np.savez(tmp_path / "b.npz", mu=b.mean(0), sigma=np.cov(b, rowvar=False), arr_0=images["a"])  # with images: statistics win
+    result, err = run(path / "a.npz", tmp_path / "b.npz", "--features", path / "features.pt")
+    assert result["frechet_distance"] == pytest.approx(expected_distance(images["a"], images["b"]), rel=1e-5)
+    assert result["num_reference"] is None
+    assert f"fid.py: warning: {tmp_path / 'b.npz'} does not say which features" in err
+    unnamed, _ = run(tmp_path / "b.npz", tmp_path / "b.npz")
+    assert unnamed["features"] is None and "fid" not in unnamed
+
+
+def test_inception_from_a_file(work, run, tmp_path, inception, inception_weights, monkeypatch):
+    """Other weights than those of 2015-12-05 are not called FID; the official ones (their hash is replaced here) are."""
+    images = work[1]
+    torch.save({k: v for k, v in inception_weights.items() if not k.endswith("num_batches_tracked")}, tmp_path / "inception.pth")
+    np.savez(tmp_path / "three.npz", images["a"][:3])
+    flags = ("--inception", tmp_path / "inception.pth")
+    saved, _ = run("--save-stats", tmp_path / "stats.npz", tmp_path / "three.npz", *flags)
+    assert saved["features"]["resize"] == "tf1"
+    with torch.inference_mode():
+        f = inception(torch.from_numpy(images["a"][:3]).permute(0, 3, 1, 2)).double().numpy()
+    stats = np.load(tmp_path / "stats.npz", allow_pickle=False)
+    np.testing.assert_allclose(stats["mu"], f.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(stats["sigma"], np.cov(f, rowvar=False), rtol=1e-4, atol=1e-6)
+
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", saved["features"]["sha256"][:8])
+    monkeypatch.setattr(fid, "frechet_distance", lambda *stats: float(len(stats[0])))  # eigenvalues of 2048 x 2048 take 10 s here
+    np.savez(tmp_path / "unnamed.npz", mu=stats["mu"], sigma=stats["sigma"])
+    for resize in ((), ("--resize", "pytorch-fid")):
+        result, _ = run(tmp_path / "three.npz", tmp_path / "unnamed.npz", *flags, *resize)
+        assert result["fid"] == 2048 and "frechet_distance" not in result
+        assert result["features"] == f"inception-2015-12-05 ({resize[1] if resize else 'tf1'} resize)"
+
+
+def test_two_processes_equal_one(work, run):
+    path, _ = work
+    argv = [str(path / "a"), str(path / "b.npz"), "--features", str(path / "features.pt"), "--batch-size", "4", "--num-samples", "39"]
+    one, _ = run(*argv)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "fid.py", *argv, "--device", "cpu"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = json.loads(done.stdout)
+    assert two["processes"] == 2 and one["processes"] == 1
+    assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-6)
+    assert (two["num_samples"], two["num_reference"]) == (39, 53)
+
+
+# Bad input
+
+
+@pytest.fixture(scope="module")
+def bad(work, tmp_path_factory):
+    """One broken thing each, by name."""
+    path, images = work
+    here = tmp_path_factory.mktemp("bad")
+    image = Image.fromarray(images["a"][0])
+    for folder in ("empty", "corrupt", "cut", "sizes", "deep", "one"):
+        (here / folder).mkdir()
+        if folder != "empty":
+            image.save(here / folder / "0.png")
+    (here / "empty" / "notes.txt").write_text("no image")
+    (here / "corrupt" / "1.png").write_bytes(b"not a png")
+    noise = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(here / "cut" / "0.png")
+    (here / "cut" / "1.png").write_bytes((here / "cut" / "0.png").read_bytes()[:5000])
+    image.resize((9, 8)).save(here / "sizes" / "1.png")
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(here / "deep" / "1.png")
+    np.savez(here / "nothing.npz", images=images["a"])
+    np.savez(here / "float.npz", images["a"].astype(np.float32))
+    np.savez(here / "grey.npz", images["a"][..., :1])
+    np.savez(here / "single.npz", images["a"][:1])
+    np.savez(here / "ragged.npz", np.array([images["a"][0], images["a"][1][:4]], dtype=object))
+    (here / "truncated.npz").write_bytes((path / "a.npz").read_bytes()[:3000])
+    data = bytearray((path / "a.npz").read_bytes())
+    data[len(data) // 2] ^= 255
+    (here / "flipped.npz").write_bytes(data)
+    (here / "pickle.npz").write_bytes(b"\x80\x04K\x01.")
+    np.savez(here / "pickled_mu.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
+    np.savez(here / "shapes.npz", mu=np.zeros(12), sigma=np.eye(11))
+    np.savez(here / "nan.npz", mu=np.full(12, np.nan), sigma=np.eye(12))
+    np.savez(here / "dim5.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(here / "inception_stats.npz", mu=np.zeros(12), sigma=np.eye(12), features=json.dumps("inception-2015-12-05 (tf1 resize)"))
+    torch.save({"a": torch.zeros(2)}, here / "weights.pth")
+    (here / "garbage.pth").write_bytes(b"garbage")
+    return here
+
+
+BAD = {  # name: arguments ({work}, {bad} are folders; --features {work}/features.pt is added unless a network is named), and what is said
+    "missing": ("{bad}/absent {work}/b.npz", "absent does not exist"),
+    "missing reference": ("{work}/a {bad}/absent.npz", "absent.npz does not exist"),
+    "empty folder": ("{bad}/empty {work}/b.npz", "no images"),
+    "corrupt image": ("{bad}/corrupt {work}/b.npz", "cannot read image {bad}/corrupt/1.png"),
+    "cut image": ("{bad}/cut {work}/b.npz", "cannot read image {bad}/cut/1.png"),
+    "image sizes": ("{bad}/sizes {work}/b.npz", "{bad}/sizes/1.png is 9x8, the first one 8x8"),
+    "16 bits": ("{bad}/deep {work}/b.npz", "{bad}/deep/1.png is not 8-bit"),
+    "ragged npz": ("{bad}/ragged.npz {work}/b.npz", "ragged.npz is a pickled object array (images of different sizes?)"),
+    "npz without arrays": ("{bad}/nothing.npz {work}/b.npz", "holds neither images (arr_0) nor statistics (mu, sigma), but images"),
+    "float images": ("{bad}/float.npz {work}/b.npz", "a C-ordered uint8 array (N, H, W, 3) is needed"),
+    "grey images": ("{work}/a {bad}/grey.npz", "a C-ordered uint8 array (N, H, W, 3) is needed"),
+    "truncated npz": ("{bad}/truncated.npz {work}/b.npz", "truncated.npz is not an .npz archive: truncated"),
+    "damaged npz": ("{bad}/flipped.npz {work}/b.npz", "cannot read the images of {bad}/flipped.npz"),
+    "pickle": ("{bad}/pickle.npz {work}/b.npz", "pickle.npz is not an .npz archive"),
+    "pickled mu": ("{work}/a {bad}/pickled_mu.npz", "cannot read {bad}/pickled_mu.npz (Object arrays cannot be loaded"),
+    "shapes of statistics": ("{work}/a {bad}/shapes.npz", "does not hold finite mu (D,) and sigma (D, D)"),
+    "nan": ("{work}/a {bad}/nan.npz", "does not hold finite mu"),
+    "other file": ("{bad}/weights.pth {work}/b.npz", "weights.pth is neither a folder nor an .npz"),
+    "dimension": ("{work}/a {bad}/dim5.npz", "feature dimension mismatch: {work}/a has 12, {bad}/dim5.npz has 5"),
+    "other features": ("{work}/a {bad}/inception_stats.npz", "inception_stats.npz holds statistics of other features"),
+    "one image": ("{bad}/one {work}/b.npz", "1 of {bad}/one to be used: at least 2 images"),
+    "one image npz": ("{work}/a {bad}/single.npz", "at least 2 images"),
+    "num 1": ("{work}/a {work}/b.npz --num 1", "at least 2 images"),
+    "num too large": ("{work}/a {work}/b.npz --num 42", "--num 42, but {work}/a holds 41 images"),
+    "num of statistics": ("{bad}/dim5.npz {work}/b.npz --num 5", "dim5.npz holds statistics"),
+    "save statistics of statistics": ("--save-stats {bad}/out.npz {bad}/dim5.npz", "dim5.npz holds statistics"),
+    "save to no folder": ("--save-stats {bad}/absent/out.npz {work}/a", "the name must end in .npz and its folder must exist"),
+    "features not TorchScript": ("{work}/a {work}/b.npz --features {bad}/weights.pth", "weights.pth is not a TorchScript module"),
+    "features garbage": ("{work}/a {work}/b.npz --features {bad}/garbage.pth", "garbage.pth is not a TorchScript module"),
+    "features absent": ("{work}/a {work}/b.npz --features {bad}/absent.pt", "absent.pt is not a file"),
+    "features of wrong shape": ("{work}/a {work}/b.npz --features {bad}/flat.pt", "must be (N, D), got (41, 3, 8, 8) for 41 images"),
+    "features that fail": ("{work}/a {work}/b.npz --features {bad}/raises.pt", "the network failed on images of shape (41, 3, 8, 8)"),
+    "features not finite": ("{work}/a {work}/b.npz --features {bad}/infinite.pt", "the features contain NaN or infinity"),
+    "wrong weights": ("{work}/a {work}/b.npz --inception {bad}/weights.pth", "does not hold the weights of the FID Inception"),
+    "weights garbage": ("{work}/a {work}/b.npz --inception {bad}/garbage.pth", "cannot load Inception weights from {bad}/garbage.pth"),
+    "two networks": ("{work}/a {work}/b.npz --features {work}/features.pt --resize tf1", "leave out --inception and --resize"),
+    "no reference": ("{work}/a", "give either SAMPLES REFERENCE, or --save-stats"),
+    "reference and save": ("{work}/a {work}/b.npz --save-stats {bad}/out.npz", "give either"),
+    "no arguments": ("", "the following arguments are required: samples"),
+    "unknown flag": ("{work}/a {work}/b.npz --sfid", "unrecognized arguments: --sfid"),
+    "bad number": ("{work}/a {work}/b.npz --num many", "argument --num/--num-samples: invalid positive value: 'many'"),
+    "batch size": ("{work}/a {work}/b.npz --batch-size 0", "0 is not positive"),
+    "resize": ("{work}/a {work}/b.npz --resize bicubic", "invalid choice: 'bicubic'"),
+    "device": ("{work}/a {work}/b.npz --device cuda:99", "GPU 99 asked for"),
+    "no device": ("{work}/a {work}/b.npz --device tpux", "--device tpux: not a device"),
+}
+
+
+class Flat(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float()
+
+
+class Raises(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().reshape(7, 5)
+
+
+class Infinite(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 1 / (images.float().flatten(1) * 0)
+
+
+def check_error(text, code, out, err):
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and err.endswith("\n"), err
+    assert err.startswith("fid.py: error: ") and text in err, err
+
+
+@pytest.fixture(scope="module")
+def bad_networks(bad):
+    for module, name in ((Flat(), "flat.pt"), (Raises(), "raises.pt"), (Infinite(), "infinite.pt")):
+        torch.jit.script(module).save(bad / name)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, work, bad, bad_networks, capsys):
+    line, text = BAD[name]
+    argv = line.format(work=work[0], bad=bad).split()
+    if "--features" not in argv and "--inception" not in argv and "--resize" not in argv:
+        argv += ["--features", str(work[0] / "features.pt")]
+    if "--device" not in argv:
+        argv += ["--device", "cpu"]
+    with pytest.raises(SystemExit) as exit_:
+        fid.main(argv)
+    check_error(text.format(work=work[0], bad=bad), exit_.value.code, *capsys.readouterr())
+
+
+def test_mixed_resizes_are_refused(work, tmp_path, inception_weights, capsys):
+    torch.save(inception_weights, tmp_path / "inception.pth")
+    sha256 = hashlib.sha256((tmp_path / "inception.pth").read_bytes()).hexdigest()
+    features = {"file": "moved.pth", "sha256": sha256, "resize": "tf1"}
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(12), sigma=np.eye(12), features=json.dumps(features))
+    argv = [str(work[0] / "a"), str(tmp_path / "stats.npz"), "--inception", str(tmp_path / "inception.pth"), "--device", "cpu"]
+    with pytest.raises(SystemExit) as exit_:
+        fid.main([*argv, "--resize", "pytorch-fid"])
+    check_error("holds statistics of other features", exit_.value.code, *capsys.readouterr())
+    assert fid.same_space(features, features | {"file": "here.pth"}) and not fid.same_space(features, "inception-2015-12-05 (tf1 resize)")
+
+
+def test_failed_download_names_the_way_out(work, monkeypatch, capsys):
+    def refuse(url, **options):
+        assert options["check_hash"] and options["weights_only"]
+        print("Downloading ...")
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    with pytest.raises(SystemExit) as exit_:
+        fid.main([str(work[0] / "a"), str(work[0] / "b.npz"), "--device", "cpu"])
+    check_error("pass --inception FILE", exit_.value.code, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ["corrupt image", "unknown flag"])
+def test_bad_input_from_the_shell(name, work, bad):
+    line, text = BAD[name]
+    argv = line.format(work=work[0], bad=bad).split() + ["--features", str(work[0] / "features.pt"), "--device", "cpu"]
+    done = subprocess.run([sys.executable, "fid.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    check_error(text.format(work=work[0], bad=bad), done.returncode, done.stdout, done.stderr)

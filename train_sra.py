@@ -1,0 +1,502 @@
+"""SRA: Self-Representation Alignment (Jiang et al., arXiv 2505.02831, ICLR 2026), for SiT and DiT.
+
+An early block of the student, at the noise level it is trained on, is aligned with a later block of its own EMA, which sees the same image,
+the same noise and the same (dropped) labels at a lower noise level. No external encoder; the projection head is not used in sampling.
+
+    x_t  = a(t) x_0 + s(t) eps                       student input
+    t'   = clamp(t - 0.2 u, 0, 1),  u ~ U(0, 1)      teacher time (section 3.1); x_t' has the same x_0 and eps
+    L    = L_denoise + 0.2 * mean smooth-L1( head(f^(m)(x_t, t, y)), f_ema^(n)(x_t', t', y) )      (section 3.2)
+
+Commands; running one again resumes it from its newest checkpoint
+    python train_sra.py --steps 1000 --batch-size 32 --lr 1e-3                             toy: built-in shapes, CPU
+    torchrun --nproc_per_node=8 train_sra.py --data imagenet/train --image-size 256 --model SiT-XL/8 --no-flip --no-ema-warmup
+                                                                                           8 GPUs, ImageNet; see difference 5
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_sra.py ...        2 nodes, on both
+`--align-weight 0` trains plain SiT (or DiT, with `--diffusion ddpm`) and builds neither head nor teacher pass.
+
+Implementation details (S/ and D/ are SiT-SRA/ and DiT-SRA/ of the official repository at 1723f85)
+ 1. Features are the residual stream after a block, without a norm; the teacher's are raw, the student's pass the head [S/models/sit.py].
+ 2. Blocks, student -> teacher: SiT B 3->8, L 6->16, XL 8->20; DiT B 3->7, L 6->14, XL 8->16 [section 3.2, Table 5]. Other sizes: depth/4
+    and 2 depth/3, rounded, which gives B and L too. The official parser's 4 -> 8 is not a published setting.
+ 3. Head: Linear D -> 2D, SiLU, Linear 2D -> D [S/models/sit.py]; Xavier, zero bias.
+ 4. Distance: smooth L1 with beta 0.05 and a constant weight of 0.2 [section 3.2, App. G]; others by `--align-distance`. The official code
+    now defaults to a cosine with weight 0.5 along the token axis (`cosine-token`: each channel's map is compared), probably an accident;
+    `cosine-channel` compares each token's vector. Both default to weight 0.5 here.
+ 5. The official code lets the weight decay late, by 10^-((e - 149) / 1000) after epoch 149 of 5004 steps (512 px: 99 and 800); the paper
+    does not. `--align-decay 745596 5004000` is that in steps (512 px: 495396 4003200). Off by default.
+ 6. DiT: the official code has weight 0.04 where the paper says 0.2 [D/train.py]: `--align-weight 0.04`.
+ 7. DiT: t' = clamp(t - r, 1, 999), r uniform in 0 .. 199 [D/diffusion/gaussian_diffusion.py]; at t = 0 the teacher is the noisier one.
+ 8. The teacher is the EMA that is also sampled. It runs in the student's precision and stops at its block (paper App. H suggests both).
+ 9. A step: student, teacher, backward, clip the global gradient norm to 1 (head included), AdamW, EMA [S/train.py].
+
+Differences from the official code
+ 1. Its EMA starts from another random network on every rank (copied before the broadcast), so most ranks follow a wrong teacher at first;
+    ours is equal on all ranks from step 0. 2. Its teacher runs all blocks, in fp32. 3. It trains in fp16 with a loss scaler, we in bf16.
+ 4. EMA warm-up min(decay, (1 + s) / (10 + s)) by default; `--no-ema-warmup` is the paper's constant 0.9999.
+ 5. No VAE latents yet: images are pixels, so the patch has to grow with the resolution (the paper: 256 px latents, patch 2).
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from diffusion import PROCESSES, ImageNoise, make_process, sample_ode, seed_of
+from models import Block, DiT, frozen_copy, image_grid, load_checkpoint, parse_model, to_uint8, write_atomically
+
+# --- method: SRA ------------------------------------------------------------------------------------------------------------------------
+
+DEFAULTS = {}  # scaffold flags that this paper sets otherwise: none
+
+DISTANCES = {  # each (N, T, D) x (N, T, D) -> scalar; S/loss.py
+    "smooth-l1": lambda a, b: F.smooth_l1_loss(a, b, beta=0.05),
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "cosine-token": lambda a, b: (1 - F.cosine_similarity(a, b, dim=1)).mean(),
+    "cosine-channel": lambda a, b: (1 - F.cosine_similarity(a, b, dim=2)).mean(),
+}
+
+
+def method_arguments(parser):
+    add = parser.add_argument_group("SRA").add_argument
+    add("--student-block", type=int, help="block whose projected output is aligned (default: the paper's for the model)")
+    add("--teacher-block", type=int, help="block of the EMA it is aligned with (default: the paper's for the model)")
+    add("--align-weight", type=float, help="0.2, or 0.5 for cosine distances; 0: plain SiT or DiT, no head, no teacher")
+    add("--align-distance", choices=DISTANCES, default="smooth-l1")
+    add("--align-decay", type=int, nargs=2, metavar=("START", "TENFOLD"), help="weight * 10^-((step - START) / TENFOLD) after step START")
+    add("--time-gap", type=float, default=0.2, help="the teacher is up to this much nearer to the data, as a fraction of all time")
+
+
+def alignment_blocks(depth, ddpm):
+    """Student and teacher block (counted from 1) for a network of that depth: SRA section 3.2, Table 5; elsewhere its rule of thumb."""
+    if depth == 28:
+        return (8, 16) if ddpm else (8, 20)
+    if ddpm and depth in (12, 24):
+        return depth // 4, 7 * depth // 12
+    return max(1, round(depth / 4)), round(2 * depth / 3)
+
+
+def alignment_weight(step, weight, decay):
+    """Weight of the alignment term at a 0-based step (or epoch, if decay is in epochs): S/train.py, D/train.py."""
+    start, tenfold = decay or (0, math.inf)
+    return weight * 0.1 ** (max(0, step - start) / tenfold)
+
+
+def teacher_time(process, t, u, gap):
+    """Times (N,) of the teacher from the student's t and u ~ U(0, 1): S/loss.py; steps, for DDPM: D/diffusion/gaussian_diffusion.py."""
+    if t.dtype == torch.int64:
+        return (t - (u * int(1000 * gap)).long()).clamp(1, 999)
+    return (t - gap * u).clamp(0, 1)
+
+
+def projection_head(dim):
+    head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+    for layer in (head[0], head[2]):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return head
+
+
+class SRA(nn.Module):
+    """`model` is trained, `ema` averages it: teacher, and what is sampled. The loop sets `step`, the number of finished steps."""
+
+    def __init__(self, args, network, process):
+        super().__init__()
+        self.process, self.step = process, 0
+        self.label_drop, self.null_label = args.label_drop, network["num_classes"]
+        self.model = DiT(**network)
+        self.ema = frozen_copy(self.model)
+        default = 0.5 if args.align_distance.startswith("cosine") else 0.2
+        self.weight = default if args.align_weight is None else args.align_weight
+        self.decay, self.distance, self.gap = args.align_decay, DISTANCES[args.align_distance], args.time_gap
+        if self.weight == 0:
+            return
+        if args.diffusion == "edm":
+            raise ValueError("SRA is defined for --diffusion flow, gvp and ddpm; with edm only --align-weight 0")
+        student, teacher = alignment_blocks(network["depth"], args.diffusion == "ddpm")
+        self.student_block = student if args.student_block is None else args.student_block
+        self.teacher_block = teacher if args.teacher_block is None else args.teacher_block
+        if not 1 <= self.student_block <= self.teacher_block <= network["depth"]:
+            blocks = f"{self.student_block} and {self.teacher_block}"
+            raise ValueError(f"student and teacher block {blocks}: need 1 <= student <= teacher <= {network['depth']} (the depth)")
+        self.head = projection_head(network["hidden_size"])
+
+    def forward(self, x0, y, t=None, noise=None, drop=None, u=None):
+        """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1)."""
+        n = len(x0)
+        t = self.process.draw_t(n, x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        drop = torch.rand(n, device=x0.device) if drop is None else drop
+        y = torch.where(drop < self.label_drop, self.null_label, y)
+        x_t = self.process.add_noise(x0, noise, t)
+        if self.weight == 0:
+            denoise = self.process.loss(self.model(*self.process.net_inputs(x_t, t), y), x0, noise, t).mean()
+            return {"loss": denoise, "denoise": denoise}
+        out, features = self.model(*self.process.net_inputs(x_t, t), y, features=(self.student_block,))
+        denoise = self.process.loss(out, x0, noise, t).mean()
+        u = torch.rand(n, device=x0.device) if u is None else u
+        t_teacher = teacher_time(self.process, t, u, self.gap)
+        x_teacher = self.process.add_noise(x0, noise, t_teacher)
+        with torch.no_grad():
+            target = self.ema.tokens_after(*self.process.net_inputs(x_teacher, t_teacher), y, self.teacher_block)  # (N, T, D)
+        align = self.distance(self.head(features[self.student_block]).float(), target.float())
+        return {"loss": denoise + alignment_weight(self.step, self.weight, self.decay) * align, "denoise": denoise, "align": align}
+
+    def after_step(self, step, steps):
+        """Nothing of its own to update: the teacher is the EMA, which the loop keeps."""
+
+
+# --- end method -------------------------------------------------------------------------------------------------------------------------
+
+# The rest is the same in every training script: arguments, data, checkpoints, loop.
+
+FIXED = ("script", "model", "diffusion", "image_size", "qk_norm", "classes")  # what resuming may not change
+SHAPES = {  # built-in data, by class: colour, corners, radius of every other corner, radius of the hole
+    "red circle": ((220, 40, 40), 64, 1.0, 0.0),
+    "green diamond": ((40, 170, 60), 4, 1.0, 0.0),
+    "blue triangle": ((40, 70, 220), 3, 1.0, 0.0),
+    "yellow star": ((240, 200, 20), 10, 0.4, 0.0),
+    "purple hexagon": ((140, 50, 180), 6, 1.0, 0.0),
+    "cyan ring": ((20, 180, 200), 64, 1.0, 0.55),
+    "orange burst": ((240, 130, 20), 16, 0.65, 0.0),
+    "pink spark": ((240, 90, 170), 8, 0.35, 0.0),
+    "brown frame": ((130, 80, 40), 4, 1.0, 0.5),
+    "black hexagram": ((20, 20, 20), 12, 0.55, 0.0),
+}
+
+
+def fail(message, every_rank=False):
+    """A user error: one line on stderr, exit code 2. What every rank sees is printed by rank 0; the others give it time to."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(message)
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add, switch = parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
+    add("--data", default="shapes", help="'shapes' (built in) or a folder of class folders of images")
+    add("--image-size", type=int, default=32, help="side in pixels; images are cropped as in ADM")
+    add("--flip", action=switch, default=True, help="mirror half of the images")
+    add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder of log.jsonl, samples/, checkpoints/")
+    add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
+    add("--diffusion", choices=PROCESSES, default="flow")
+    add("--qk-norm", action=switch, default=False)
+    add("--steps", type=int, default=400_000)
+    add("--batch-size", type=int, default=256, help="global: over all processes and accumulated micro-batches")
+    add("--micro-batch", type=int, help="images per process and forward (default: all of the process's share)")
+    add("--lr", type=float, default=1e-4)
+    add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
+    add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
+    add("--ema-decay", type=float, default=0.9999)
+    add("--ema-warmup", action=switch, default=True, help="decay min(ema-decay, (1 + s) / (10 + s)) at step s")
+    add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
+    add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, fp32 on CPU)")
+    add("--compile", action=switch, default=False, help="torch.compile every transformer block")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, help="data-loading processes per rank (default: 8 on CUDA, 0 on CPU)")
+    add("--log-every", type=int, default=50)
+    add("--sample-every", type=int, default=10_000, help="steps between sample grids; 0: only at the end")
+    add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: only at the end")
+    method_arguments(parser)
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args(argv)
+    least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value <= (1 if name in ("ema_decay", "label_drop") else math.inf):
+            fail(f"--{name.replace('_', '-')} {value} is out of range")
+    return args
+
+
+def draw_shape(index, size):
+    """Image `index` of the built-in data, class index % 10: place, size, tilt and the grey behind it depend on the index alone."""
+    rng = np.random.default_rng(index)
+    colour, corners, inner, hole = list(SHAPES.values())[index % len(SHAPES)]
+    centre, radius, grey = rng.uniform(0.42, 0.58, (2, 1)), rng.uniform(0.28, 0.4), (int(rng.integers(200, 245)),) * 3
+    angles = 2 * np.pi * np.arange(corners) / corners + rng.uniform(-0.2, 0.2)
+    image = Image.new("RGB", (4 * size, 4 * size), grey)
+    for scale, fill in ((1.0, colour), (hole, grey)):
+        reach = scale * radius * np.where(np.arange(corners) % 2, inner, 1.0)
+        points = 4 * size * (centre + reach * np.stack([np.sin(angles), -np.cos(angles)]))
+        if scale:
+            ImageDraw.Draw(image).polygon(list(map(tuple, points.T)), fill=fill)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def center_crop(image, size):
+    """ADM's crop: halve with a box filter while the short side stays >= size, bicubic to size, cut out the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+class Images(torch.utils.data.Dataset):
+    """Items by (index, flip): uint8 (3, size, size) and label, or a message naming an unreadable file. Classes in alphabetical order."""
+
+    def __init__(self, data, size, rank, world):
+        self.size, self.classes, self.files, self.length = size, list(SHAPES), None, 20_000
+        if data == "shapes":
+            return
+        if not Path(data).is_dir():
+            fail(f"--data {data}: no such folder")
+        paths = [p for p in sorted(Path(data).glob("*/**/*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
+        if not paths:
+            fail(f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)")
+        names = [p.relative_to(data).parts[0] for p in paths]
+        self.classes = sorted(set(names))
+        labels = {name: k for k, name in enumerate(self.classes)}
+        self.files, self.length = [(str(p), labels[name]) for p, name in zip(paths, names)], len(paths)
+        for path, _ in self.files[rank::world]:  # headers only: this finds most bad files before training
+            try:
+                Image.open(path).close()
+            except Exception as error:
+                fail(f"cannot read image {path}: {error}", every_rank=True)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        index, flip = key
+        path, label = self.files[index] if self.files else (None, index % len(SHAPES))
+        try:
+            image = center_crop(Image.open(path).convert("RGB"), self.size) if path else draw_shape(index, self.size)
+        except Exception as error:
+            return f"cannot read image {path}: {error}"
+        pixels = np.asarray(image).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)), label
+
+
+def collate(items):
+    """Images (N, 3, H, W) and labels (N,), or the first error: messages cross process boundaries as text."""
+    return next((item for item in items if isinstance(item, str)), None) or torch.utils.data.default_collate(items)
+
+
+def read_order(length, args, rank, world, start):
+    """The [(index, flip), ...] of each micro-batch of a rank from step `start` on: a pure function of (seed, epoch), so nothing is saved and
+    the images of a step do not depend on how they are split.
+    """
+    share, current = args.batch_size // world, None
+    for step in range(start, args.steps):
+        epoch, place = divmod(step, length // args.batch_size)
+        if epoch != current:
+            rng, current = np.random.default_rng([args.seed, epoch]), epoch
+            order, flips = rng.permutation(length), rng.random(length) < 0.5
+        first = place * args.batch_size + rank * share
+        for a in range(first, first + share, args.micro_batch):
+            chosen = slice(a, a + args.micro_batch)
+            yield list(zip(order[chosen].tolist(), (flips[chosen] & args.flip).tolist()))
+
+
+def ignore_signals(worker):
+    """Loader processes leave stopping to the training process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def newest_checkpoint(folder):
+    """Path and content of the newest readable checkpoint; (None, None) if there is none at all."""
+    paths = sorted(folder.glob("*.pt"), reverse=True)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            print(f"{error}: taking the one before", file=sys.stderr, flush=True)
+    if paths:
+        fail(f"no checkpoint in {folder} is readable: move them away to start over")
+    return None, None
+
+
+def main(method_cls, args):
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    cuda, out = device.type == "cuda", Path(args.out)
+    torch.set_float32_matmul_precision("high")
+    args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
+    accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
+    if rest or not accumulate:
+        fail(f"--batch-size {args.batch_size} is not divisible by {world} processes x --micro-batch {args.micro_batch}")
+    bf16 = (args.precision or ("bf16" if cuda else "fp32")) == "bf16"
+
+    data = Images(args.data, args.image_size, rank, world)
+    if len(data.classes) < 2 and args.label_drop > 0:
+        fail(f"--data {args.data} has one class folder, {data.classes[0]}: guidance needs two or more; or use --label-drop 0")
+    if len(data) < args.batch_size:
+        fail(f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}")
+
+    process = make_process(args.diffusion, clip=True)
+    torch.manual_seed(args.seed)
+    try:
+        network = {"input_size": args.image_size, "in_channels": 3, "num_classes": len(data.classes), **parse_model(args.model)}
+        method = method_cls(args, {**network, "learn_sigma": process.learned_variance, "qk_norm": args.qk_norm}, process).to(device)
+    except ValueError as error:
+        fail(error)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=cuda)
+
+    if world > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
+    step, rows, path, saved = 0, [], None, None
+    if rank == 0:
+        for folder in ("checkpoints", "samples"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        path, saved = newest_checkpoint(out / "checkpoints")
+    if world > 1:
+        shared = [path]
+        dist.broadcast_object_list(shared)
+        path = shared[0]
+    if path:
+        saved = saved or load_checkpoint(path)
+        was = {k: saved["args"].get(k) for k in description if saved["args"].get(k) != description[k] and k not in ("out", "workers")}
+        changed = {k: f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k != "network"}
+        if "script" in was:
+            fail(f"{path} is a checkpoint of {was['script']}: give this run another --out")
+        state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
+        if set(FIXED) & set(was) or "network" in was or set(state) != set(method.state_dict()):
+            fail(f"{path} does not fit {', '.join(changed.values())}: use the flags it was made with, or another --out")
+        if changed and rank == 0:
+            print(f"resuming with {', '.join(changed.values())}", flush=True)
+        method.load_state_dict(state)
+        optimizer.load_state_dict(saved["optimizer"])
+        step, rows = saved["step"], saved["log"].tolist()
+        del saved, state
+    wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0
+    for module in method.modules() if args.compile else ():
+        if isinstance(module, Block):
+            module.compile()
+
+    def save():
+        own = {k: v for k, v in method.state_dict().items() if not k.startswith(("model.", "ema."))}
+        content = {"model": method.model.state_dict(), "ema": method.ema.state_dict(), "method": own, "optimizer": optimizer.state_dict()}
+        content |= {"step": step, "args": description, "log": torch.tensor(rows, dtype=torch.float64)}
+        write_atomically(out / "checkpoints" / f"{step:07d}.pt", lambda file: torch.save(content, file))
+
+    def draw_samples(lines=4):  # one column a class, at most ten
+        labels = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist() * lines
+        noise = ImageNoise(args.seed, range(len(labels)), (3, args.image_size, args.image_size), device)()
+        images = sample_ode(method.ema, process, noise, torch.tensor(labels, device=device), 50, "euler")
+        grid = image_grid(to_uint8(images), len(labels) // lines)
+        write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
+
+    stop = torch.zeros(1)
+
+    def on_signal(number, _):
+        stop.fill_(1)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    workers, order = (8 if cuda else 0) if args.workers is None else args.workers, read_order(len(data), args, rank, world, step)
+    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": ignore_signals}
+    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
+    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if rank == 0:
+        hardware = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        start = {"start": step, "command": sys.argv, "torch": torch.__version__, "processes": world, "hardware": hardware, **description}
+        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        lines = [line for line in lines if json.loads(line).get("step", 0) <= step]  # a killed run may have logged further
+        text = "".join(f"{line}\n" for line in [*lines, json.dumps(start)])
+        write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
+        size = sum(p.numel() for p in parameters) / 1e6
+        split = f"{world} processes x {accumulate} x {args.micro_batch}"
+        bar.write(f"batch {args.batch_size} = {split}; {len(data)} images, {size:.1f} M parameters")
+    trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
+    pending, names, timer, timed = [], [], 0.0, None
+    while step < args.steps:
+        flag = stop.clone()
+        agreement = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if world > 1 else None  # do all ranks stop after this step?
+        torch.manual_seed(seed_of(args.seed, rank, step))
+        method.step, sums = step, 0
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        for micro in range(accumulate):
+            batch = next(batches)
+            if isinstance(batch, str):
+                fail(batch, every_rank=True)
+            x0, y = (v.to(device, non_blocking=True) for v in batch)
+            with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    terms = wrapped(x0.float() / 127.5 - 1, y)
+                (terms["loss"] / accumulate).backward()
+            sums = sums + torch.stack([v.detach().float() for v in terms.values()]) / accumulate
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, trained, 1 - decay)
+        method.after_step(step, args.steps)
+        step, names = step + 1, [*terms, "grad_norm"]
+        pending.append(torch.cat([sums, norm.detach().float().reshape(1)]))
+        timer, timed = (time.perf_counter(), 0) if timed is None else (timer, timed + args.batch_size)  # the first step is not timed
+        if agreement:
+            agreement.wait()
+        stopping = bool(flag) or step == args.steps
+        logging = step % args.log_every == 0 or step == args.steps
+        sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
+        saving = stopping or (args.save_every and step % args.save_every == 0)
+        bar.update()
+        if not (logging or sampling or saving):
+            continue
+        means = torch.stack(pending)  # (steps since the last time, terms): read back only here
+        mine, pending = means.tolist(), []
+        if world > 1:
+            dist.all_reduce(means)
+        rows += (means / world).tolist()
+        if not torch.isfinite(means).all():
+            for k, row in enumerate(mine, step - len(mine) + 1):
+                if not all(map(math.isfinite, row)):
+                    values = ", ".join(f"{name} {v:g}" for name, v in zip(names, row))
+                    sys.exit(f"stopped, not finite: step {k}, rank {rank}: {values}")
+            sys.exit(1)
+        if logging:
+            averages = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
+            rate, rows = timed / (time.perf_counter() - timer), []
+            bar.set_postfix({k: f"{v:.4g}" for k, v in averages.items()} | {"img/s": f"{rate:.1f}"})
+            if rank == 0:
+                epoch = step * args.batch_size / len(data)
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps({"step": step, **averages, "lr": group["lr"], "epoch": epoch, "images_per_s": rate}) + "\n")
+        if rank == 0 and sampling:
+            draw_samples()
+        if rank == 0 and saving:
+            save()
+        if stopping:
+            break
+        timer, timed = time.perf_counter(), 0
+    bar.close()
+    if rank == 0:
+        print(f"step {step} of {args.steps}, in {out}" + ("" if step == args.steps else ": the same command goes on from here"), flush=True)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(SRA, parse_args())
