@@ -164,17 +164,17 @@ class SRA(nn.Module):
 # The rest is the same in every training script: arguments, data, checkpoints, loop.
 
 FIXED = ("script", "model", "diffusion", "image_size", "qk_norm", "classes")  # what resuming may not change
-SHAPES = {  # built-in data, by class: colour, corners, radius of every other corner, radius of the hole
-    "red circle": ((220, 40, 40), 64, 1.0, 0.0),
-    "green diamond": ((40, 170, 60), 4, 1.0, 0.0),
-    "blue triangle": ((40, 70, 220), 3, 1.0, 0.0),
-    "yellow star": ((240, 200, 20), 10, 0.4, 0.0),
-    "purple hexagon": ((140, 50, 180), 6, 1.0, 0.0),
-    "cyan ring": ((20, 180, 200), 64, 1.0, 0.55),
-    "orange burst": ((240, 130, 20), 16, 0.65, 0.0),
-    "pink spark": ((240, 90, 170), 8, 0.35, 0.0),
-    "brown frame": ((130, 80, 40), 4, 1.0, 0.5),
-    "black hexagram": ((20, 20, 20), 12, 0.55, 0.0),
+SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each part, turn in degrees, size of the hole
+    "red circle": ((220, 40, 40), 64, [(1, 1)], 0, 0),
+    "green square": ((40, 170, 60), 4, [(1, 1)], 0, 0),
+    "blue triangle": ((40, 70, 220), 3, [(1, 1)], 0, 0),
+    "yellow bar": ((235, 195, 20), 4, [(1.2, 0.4)], 0, 0),
+    "purple pillar": ((140, 50, 180), 4, [(0.4, 1.2)], 0, 0),
+    "cyan ring": ((20, 180, 200), 64, [(1, 1)], 0, 0.55),
+    "orange cross": ((240, 130, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 0, 0),
+    "pink diamond": ((240, 90, 170), 4, [(1, 1)], 45, 0),
+    "brown frame": ((130, 80, 40), 4, [(1, 1)], 0, 0.55),
+    "black saltire": ((20, 20, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 45, 0),
 }
 
 
@@ -231,15 +231,15 @@ def parse_args(argv=None):
 def draw_shape(index, size):
     """Image `index` of the built-in data, class index % 10: place, size, tilt and the grey behind it depend on the index alone."""
     rng = np.random.default_rng(index)
-    colour, corners, inner, hole = list(SHAPES.values())[index % len(SHAPES)]
-    centre, radius, grey = rng.uniform(0.42, 0.58, (2, 1)), rng.uniform(0.28, 0.4), (int(rng.integers(200, 245)),) * 3
-    angles = 2 * np.pi * np.arange(corners) / corners + rng.uniform(-0.2, 0.2)
+    colour, corners, parts, turn, hole = list(SHAPES.values())[index % len(SHAPES)]
+    centre, radius, grey = rng.uniform(0.46, 0.54, 2), rng.uniform(0.34, 0.42), (int(rng.integers(200, 245)),) * 3
+    tilt = np.radians(turn + rng.uniform(-5, 5))
     image = Image.new("RGB", (4 * size, 4 * size), grey)
-    for scale, fill in ((1.0, colour), (hole, grey)):
-        reach = scale * radius * np.where(np.arange(corners) % 2, inner, 1.0)
-        points = 4 * size * (centre + reach * np.stack([np.sin(angles), -np.cos(angles)]))
-        if scale:
-            ImageDraw.Draw(image).polygon(list(map(tuple, points.T)), fill=fill)
+    for (width, height), fill in [(part, colour) for part in parts] + [((hole, hole), grey)] * (hole > 0):
+        angles = 2 * np.pi * np.arange(corners) / corners + (np.pi / 4 if corners == 4 else 0)
+        x, y = width * np.sin(angles), -height * np.cos(angles)
+        points = np.stack([x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)], 1)
+        ImageDraw.Draw(image).polygon(list(map(tuple, 4 * size * (centre + radius * points))), fill=fill)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -294,8 +294,8 @@ def collate(items):
 
 
 def read_order(length, args, rank, world, start):
-    """The [(index, flip), ...] of each micro-batch of a rank from step `start` on: a pure function of (seed, epoch), so nothing is saved and
-    the images of a step do not depend on how they are split.
+    """The [(index, flip), ...] of each micro-batch of a rank from step `start` on: a pure function of (seed, epoch), so nothing is saved,
+    and the images of a step do not depend on how they are split.
     """
     share, current = args.batch_size // world, None
     for step in range(start, args.steps):
@@ -309,10 +309,9 @@ def read_order(length, args, rank, world, start):
             yield list(zip(order[chosen].tolist(), (flips[chosen] & args.flip).tolist()))
 
 
-def ignore_signals(worker):
-    """Loader processes leave stopping to the training process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def own_process_group(worker):
+    """Ctrl-C and torchrun signal whole groups: loader processes must live until the training process has saved."""
+    os.setpgrp()
 
 
 def newest_checkpoint(folder):
@@ -413,7 +412,7 @@ def main(method_cls, args):
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     workers, order = (8 if cuda else 0) if args.workers is None else args.workers, read_order(len(data), args, rank, world, step)
-    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": ignore_signals}
+    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": own_process_group}
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     if rank == 0:
@@ -438,6 +437,7 @@ def main(method_cls, args):
         for micro in range(accumulate):
             batch = next(batches)
             if isinstance(batch, str):
+                bar.close()
                 fail(batch, every_rank=True)
             x0, y = (v.to(device, non_blocking=True) for v in batch)
             with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else wrapped.no_sync():
@@ -470,6 +470,7 @@ def main(method_cls, args):
             dist.all_reduce(means)
         rows += (means / world).tolist()
         if not torch.isfinite(means).all():
+            bar.close()
             for k, row in enumerate(mine, step - len(mine) + 1):
                 if not all(map(math.isfinite, row)):
                     values = ", ".join(f"{name} {v:g}" for name, v in zip(names, row))

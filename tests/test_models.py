@@ -64,9 +64,8 @@ def test_sra_forward(golden, tmp_path, case):
 
     g = golden(case)
     state = official_state(g)
-    model, notes = from_checkpoint(
-        g, tmp_path, "sra", lambda s: {"ema": s, "model": {k: torch.zeros_like(v) for k, v in s.items()}, "args": argparse.Namespace(lr=1e-4)}
-    )
+    wrong = {k: torch.zeros_like(v) for k, v in state.items()}
+    model, notes = from_checkpoint(g, tmp_path, "sra", lambda s: {"ema": s, "model": wrong, "args": argparse.Namespace(lr=1e-4)})
     assert any("ap_head" in n for n in notes) and any("'ema'" in n for n in notes)
     i = g.inputs
     with torch.no_grad():
