@@ -1,0 +1,179 @@
+"""Training throughput, side by side in one run: vanilla against each method, beside the bound that counting operations gives.
+
+    python tests/benchmark.py                      sizes for the machine: Ti/4 and S/4 pixels on CPU; B/2 and XL/2 latents-shaped on CUDA
+    python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile
+
+For each row: images/s (median step), the ratio to vanilla, the bound on that ratio from multiply-adds (a teacher pass costs one forward of
+the blocks it runs, training three), peak memory, and the share of a step outside the network's forward and backward: reading the images,
+clipping, AdamW, EMA. On CUDA also MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy
+machine disturbs all alike; only ratios within one run mean something.
+"""
+
+import argparse
+import gc
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_sra
+from diffusion import make_process
+from models import Block, parse_model
+
+
+def block_macs(model, tokens):
+    """Multiply-adds of one block for one image: qkv and projection 4 T D^2, MLP 8 T D^2, attention 2 T^2 D, adaLN 6 D^2."""
+    D = model["hidden_size"]
+    return 12 * tokens * D**2 + 2 * tokens**2 * D + 6 * D**2
+
+
+def macs(args, network):
+    """Multiply-adds of one training step for one image: {"vanilla", "sra"}; backward costs two forwards."""
+    model, p = network, network["patch_size"]
+    tokens, D = (network["input_size"] // p) ** 2, model["hidden_size"]
+    patch = p * p * network["in_channels"]
+    ends = tokens * patch * D * (2 if network["learn_sigma"] else 1) + tokens * patch * D + 2 * D**2 + 256 * D + D**2
+    forward = model["depth"] * block_macs(model, tokens) + ends
+    _, teacher = train_sra.alignment_blocks(model["depth"], network["learn_sigma"])
+    embed = tokens * patch * D + 256 * D + D**2
+    return {"vanilla": 3 * forward, "sra": 3 * (forward + 4 * tokens * D**2) + teacher * block_macs(model, tokens) + embed}
+
+
+class Row:
+    """One method at one size: a training step as in the scaffold, timed in parts."""
+
+    def __init__(self, name, flags, network, process, args, device):
+        self.name, self.device, self.times, self.outside = name, device, [], []
+        torch.manual_seed(0)
+        self.method = train_sra.SRA(train_sra.parse_args(flags), network, process).to(device)
+        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
+        self.trained, self.averaged = list(self.method.model.parameters()), list(self.method.ema.parameters())
+        if args.compile:
+            for module in self.method.modules():
+                if isinstance(module, Block):
+                    module.compile()
+        side = network["input_size"]
+        self.bf16, self.shape = device.type == "cuda", (args.batch_size, network["in_channels"], side, side)
+        self.pixels = network["in_channels"] == 3
+        self.data = train_sra.Images("shapes", network["input_size"], 0, 1) if self.pixels else None
+        self.classes, self.memory = network["num_classes"], 0
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(self, k):
+        start = self.now()
+        n = self.shape[0]
+        if self.pixels:
+            x0, y = train_sra.collate([self.data[((k * n + i) % len(self.data), False)] for i in range(n)])
+            x0 = x0.to(self.device).float() / 127.5 - 1
+        else:
+            x0, y = torch.randn(self.shape, device=self.device), torch.randint(self.classes, (n,))
+        y, read = y.to(self.device), self.now()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.method(x0, y)["loss"]
+        loss.backward()
+        network = self.now()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averaged, self.trained, 1e-4)
+        end = self.now()
+        self.times.append(end - start)
+        self.outside.append(1 - (network - read) / (end - start))
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def matmul_rate(device):
+    """Measured bf16 multiply-adds per second of an 8192^3 product."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize()
+    return 10 * 8192**3 / (time.perf_counter() - start)
+
+
+def training_memory(name, flags, network, process, args, device):
+    """Peak memory of a few steps on their own, in GiB: of the GPU, or what the process grew by on a CPU (run in a child)."""
+    import multiprocessing
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        row = Row(name, flags, network, process, args, device)
+        for k in range(3):
+            row.step(k)
+        return torch.cuda.max_memory_allocated() / 2**30
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=child_memory, args=(queue, name, flags, network, process, args, device))
+    child.start()
+    grown = queue.get()
+    child.join()
+    return grown
+
+
+def child_memory(queue, *row):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = Row(*row)
+    for k in range(3):
+        row.step(k)
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", default=["DiT-B/2", "DiT-XL/2"] if cuda else ["DiT-Ti/4", "DiT-S/4"])
+    parser.add_argument("--diffusion", default="flow")
+    parser.add_argument("--batch-size", type=int, default=128 if cuda else 16)
+    parser.add_argument("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.set_float32_matmul_precision("high")
+    process = make_process(args.diffusion)
+    peak = matmul_rate(device) if cuda else None
+    hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}")
+    if cuda:
+        print(f"bf16 matrix product: {2 * peak / 1e12:.0f} TFLOP/s")
+    print(f"{'model':10} {'method':8} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}" + "    MFU" * cuda)
+    for model in args.models:
+        shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
+        network = {**shape, **parse_model(model), "learn_sigma": process.learned_variance}
+        chosen = {"vanilla": ["--align-weight", "0"], "sra": []}
+        chosen = {name: [*flags, "--diffusion", args.diffusion] for name, flags in chosen.items()}
+        memory = {name: training_memory(name, flags, network, process, args, device) for name, flags in chosen.items()}
+        rows = [Row(name, flags, network, process, args, device) for name, flags in chosen.items()]
+        for k in range(3 + args.steps):  # three to warm up
+            for row in rows:
+                row.step(k)
+        cost, rates = macs(args, network), {row.name: args.batch_size / median(row.times[3:]) for row in rows}
+        for row in rows:
+            rate, bound = rates[row.name], cost["vanilla"] / cost[row.name]
+            line = f"{model:10} {row.name:8} {rate:9.1f} {rate / rates['vanilla']:6.3f} {bound:6.3f} {memory[row.name]:6.2f} GiB"
+            line += f" {100 * median(row.outside[3:]):7.1f}%" + (f" {100 * cost[row.name] * rate / peak:5.1f}%" if cuda else "")
+            print(line, flush=True)
+        del rows, row
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
