@@ -10,6 +10,7 @@ import argparse
 import copy
 import math
 import os
+import sys
 
 import torch
 import torch.nn as nn
@@ -261,6 +262,22 @@ def load_checkpoint(path):
     if not isinstance(content, dict) or not {"model", "ema", "method", "optimizer", "step", "args", "log"} <= set(content):
         raise ValueError(f"{path} is not a checkpoint of the training scripts")
     return content
+
+
+def newest_checkpoint(folder):
+    """(path, content) of the newest readable checkpoint in a folder; (None, None) if it holds no *.pt at all.
+
+    Unreadable ones are named on stderr. Raises ValueError, one line, if there are some and none is readable.
+    """
+    paths = sorted(folder.glob("*.pt"), reverse=True)
+    for path in paths:
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            print(f"{error}: taking the one before", file=sys.stderr, flush=True)
+    if paths:
+        raise ValueError(f"no checkpoint in {folder} is readable: move them away to start over")
+    return None, None
 
 
 # Official checkpoints -------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusion import PROCESSES, Guided, ImageNoise, make_process, sample_ode, sample_sde
-from models import SOURCES, build_model, image_grid, load_checkpoint, load_official, parse_model, to_uint8, write_atomically
+from models import (
+    SOURCES,
+    build_model,
+    image_grid,
+    load_checkpoint,
+    load_official,
+    newest_checkpoint,
+    parse_model,
+    to_uint8,
+    write_atomically,
+)
 
 
 def fail(message):
@@ -104,12 +114,9 @@ def load_network(args):
         return net, process, {"official": args.official, "model": args.model, "diffusion": name, "notes": notes}
     if args.model or args.diffusion:
         raise ValueError("--model and --diffusion are for official checkpoints (--official); ours say themselves what they are")
-    if path.is_dir():
-        found = sorted(path.glob("checkpoints/*.pt")) or sorted(path.glob("*.pt"))
-        if not found:
-            raise ValueError(f"--ckpt {path}: no checkpoints/*.pt in this folder")
-        path = found[-1]
-    saved = load_checkpoint(path)
+    path, saved = newest_checkpoint(path / "checkpoints") if path.is_dir() else (path, load_checkpoint(path))
+    if not saved:
+        raise ValueError(f"--ckpt {args.ckpt}: no checkpoints/*.pt in this folder")
     trained = saved["args"]
     net = build_model(trained["network"])
     net.load_state_dict(saved[args.weights])
@@ -142,21 +149,35 @@ def missing_batches(parts, num, batch_size):
 
 def join_parts(parts, num, path):
     """Write samples.npz part by part, so that 50,000 large images need no memory: arr_0 as it was stored, arr_1 labels."""
-    ordered = [parts[first][1] for first in sorted(parts) if first < num]
-    labels = np.concatenate([np.load(part)["labels"] for part in ordered])[:num]
-    first = np.load(ordered[0])["images"]
+    labels = np.concatenate([np.load(part)["labels"] for part in parts])
+    first = np.load(parts[0])["images"]
 
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
                 header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (num, *first.shape[1:])}
                 np.lib.format.write_array_header_1_0(entry, header)
-                for part in ordered:
+                for part in parts:
                     entry.write(np.load(part)["images"].tobytes())
             with archive.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, labels)
 
     write_atomically(path, write)
+
+
+def write_pictures(parts, args):
+    """grid.png of the first images, at most 8 x 8, and with --png every image."""
+    if args.png:
+        (args.out / "png").mkdir(exist_ok=True)
+    columns, shown, count = min(8, args.num), [], 0
+    for part in parts:
+        images = np.load(part)["images"]
+        shown.extend(images[: 64 - len(shown)])
+        for i, image in enumerate(images if args.png else (), count):
+            Image.fromarray(image).save(args.out / "png" / f"{i:06d}.png")
+        count += len(images)
+    grid = image_grid(torch.from_numpy(np.stack(shown[: len(shown) // columns * columns])), columns)
+    write_atomically(args.out / "grid.png", lambda file: grid.save(file, "png"))
 
 
 def main(args):
@@ -223,29 +244,18 @@ def main(args):
         bar.update(end - first)
     if world > 1:
         dist.barrier()
-    if rank == 0 and batches:
-        join_parts(stored(parts_folder), args.num, finished)
     if rank == 0:
+        if not finished.exists():
+            ordered = [path for _, (_, path) in sorted(stored(parts_folder).items())]
+            if not args.latents:
+                write_pictures(ordered, args)
+            join_parts(ordered, args.num, finished)
         shutil.rmtree(parts_folder, ignore_errors=True)
-        if not args.latents:
-            write_pictures(args, finished)
         bar.close()
         print(f"{args.num} samples in {finished}", flush=True)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def write_pictures(args, finished):
-    """grid.png of the first images, at most 8 x 8, and with --png every image."""
-    images = np.load(finished, mmap_mode="r")["arr_0"]
-    columns = min(8, args.num)
-    shown = torch.from_numpy(images[: min(8, args.num // columns) * columns])
-    write_atomically(args.out / "grid.png", lambda file: image_grid(shown, columns).save(file, "png"))
-    if args.png:
-        (args.out / "png").mkdir(exist_ok=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(args.out / "png" / f"{i:06d}.png")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffusion import PROCESSES, ImageNoise, make_process, sample_ode, seed_of
-from models import Block, DiT, frozen_copy, image_grid, load_checkpoint, parse_model, to_uint8, write_atomically
+from models import Block, DiT, frozen_copy, image_grid, load_checkpoint, newest_checkpoint, parse_model, to_uint8, write_atomically
 
 # --- method: SRA ------------------------------------------------------------------------------------------------------------------------
 
@@ -314,19 +314,6 @@ def own_process_group(worker):
     os.setpgrp()
 
 
-def newest_checkpoint(folder):
-    """Path and content of the newest readable checkpoint; (None, None) if there is none at all."""
-    paths = sorted(folder.glob("*.pt"), reverse=True)
-    for path in paths:
-        try:
-            return path, load_checkpoint(path)
-        except ValueError as error:
-            print(f"{error}: taking the one before", file=sys.stderr, flush=True)
-    if paths:
-        fail(f"no checkpoint in {folder} is readable: move them away to start over")
-    return None, None
-
-
 def main(method_cls, args):
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -363,7 +350,10 @@ def main(method_cls, args):
     if rank == 0:
         for folder in ("checkpoints", "samples"):
             (out / folder).mkdir(parents=True, exist_ok=True)
-        path, saved = newest_checkpoint(out / "checkpoints")
+        try:
+            path, saved = newest_checkpoint(out / "checkpoints")
+        except ValueError as error:
+            fail(error)
     if world > 1:
         shared = [path]
         dist.broadcast_object_list(shared)

@@ -100,7 +100,10 @@ def test_an_interrupted_run_goes_on_even_with_another_batch_size(trained, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 2, "--out", tmp_path / "torn")
         assert sorted(p.name for p in (tmp_path / "torn" / "parts").iterdir()) == ["0-2.npz", "2-4.npz"]
-        draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 5, "--out", tmp_path / "torn")
+        join_parts, sample.join_parts = sample.join_parts, None  # interrupted again, between the last image and the last file
+        with pytest.raises(TypeError):
+            draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 5, "--out", tmp_path / "torn")
+        sample.join_parts = join_parts
         assert len(calls) == 5  # images 4 to 9 in batches of 5: two more calls
         draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 5, "--out", tmp_path / "torn")
         assert len(calls) == 5  # finished: nothing is made again
