@@ -21,8 +21,8 @@ import torch
 
 
 def seed_of(*keys):
-    """A 63-bit seed that depends on every integer in keys, e.g. (seed, rank, step); keys must be >= 0."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A 63-bit seed that depends on every integer (>= 0) in keys and on their number, e.g. (seed, rank, step)."""
+    return int(np.random.SeedSequence([*keys, len(keys)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def per_image(values, x):
@@ -33,9 +33,9 @@ def per_image(values, x):
 # Processes ------------------------------------------------------------------------------------------------------------------------------
 
 
-class Process:
-    """What the three processes share. The ODE is integrated in the process's own coordinates z = x_t / scale(t) over clock(t), where it is
-    dz/dclock = velocity. Flow and EDM: z = x_t and clock = t. DDPM: the variance-exploding form, in which DDIM is Euler's method.
+class Diffusion:
+    """What the three noise processes share. The ODE is integrated in the process's own coordinates z = x_t / scale(t), over clock(t), where
+    it is dz/dclock = velocity. Flow and EDM: z = x_t and clock = t. DDPM: the variance-exploding form, in which DDIM is Euler's method.
     """
 
     learned_variance = False
@@ -59,7 +59,7 @@ class Process:
         return torch.ones_like(t)
 
 
-class Flow(Process):
+class Flow(Diffusion):
     """Stochastic interpolant with velocity prediction: SiT eq. 1 and 4; path "linear" or "gvp" (SiT section 2.3; REPA calls it cosine)."""
 
     def __init__(self, path="linear"):
@@ -112,7 +112,7 @@ class Flow(Process):
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
-class EDM(Process):
+class EDM(Diffusion):
     """Preconditioned denoiser of EDM (Table 1, column "ours"): x = x_0 + sigma eps, log sigma ~ Normal(p_mean, p_std)."""
 
     def __init__(self, p_mean=-1.2, p_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -163,7 +163,7 @@ class EDM(Process):
         return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])
 
 
-class DDPM(Process):
+class DDPM(Diffusion):
     """DiT's diffusion: 1000 linear betas from 1e-4 to 0.02, noise prediction, learned-range variance (improved DDPM eq. 15).
 
     clip: clamp the predicted x_0 to [-1, 1] while sampling (pixels only; DiT samples latents without it).
@@ -285,11 +285,11 @@ def discretized_gaussian_log_likelihood(x, mean, log_std):
     return inside.clamp(min=1e-12).log()
 
 
-PROCESSES = ("flow", "gvp", "edm", "ddpm")
+DIFFUSIONS = ("flow", "gvp", "edm", "ddpm")
 
 
-def make_process(name, clip=False):
-    """A process by its command-line name. clip matters to DDPM sampling only."""
+def make_diffusion(name, clip=False):
+    """A noise process by its command-line name. clip matters to DDPM sampling only."""
     if name == "ddpm":
         return DDPM(clip=clip)
     if name == "edm":
@@ -304,7 +304,7 @@ class Guided:
     """Classifier-free guidance around a network: out = u + scale (c - u), where u sees the null label. One doubled forward.
 
     scale     >= 1; 1 is the network itself, one plain forward.
-    interval  (low, high), in the time of the process: outside it a step costs one plain forward (interval guidance, eq. 6).
+    interval  (low, high), in the time of the diffusion: outside it a step costs one plain forward (interval guidance, eq. 6).
     channels  how many leading channels are guided; None: all of the image's. 3 reproduces DiT's code. Variance channels stay conditional.
     """
 
@@ -313,6 +313,8 @@ class Guided:
             raise ValueError(f"guidance {scale:g} is below 1: that would push samples away from their class; 1 turns guidance off")
         if not interval[0] < interval[1]:
             raise ValueError(f"guidance interval {interval[0]:g} .. {interval[1]:g} is empty: the first time must be below the second")
+        if channels is not None and channels < 1:
+            raise ValueError(f"guidance on {channels} channels: must be at least 1")
         self.net, self.scale, self.null_label, self.interval, self.channels = net, scale, null_label, interval, channels
 
     def at(self, t):
@@ -322,7 +324,7 @@ class Guided:
     def __call__(self, x, t, y):
         out = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.null_label)]))
         conditional, unconditional = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
-        k = self.channels or x.shape[1]
+        k = min(self.channels or x.shape[1], x.shape[1])
         guided = unconditional[:, :k] + self.scale * (conditional[:, :k] - unconditional[:, :k])
         return torch.cat([guided, conditional[:, k:]], 1)
 
@@ -349,20 +351,20 @@ class ImageNoise:
         return torch.tensor([values[p] for p in picks], device=self.device)
 
 
-def network_output(net, process, x, t, y, dtype, start=None):
+def network_output(net, diffusion, x, t, y, dtype, start=None):
     """Raw output (float64) for the sampler state x (float64) at the Python time t, and t as a batch.
 
     start: when the step began, if not at t; guidance intervals go by it (in REPA too a Heun correction follows the start of its step).
     """
     t_batch = torch.full((len(x),), t, device=x.device, dtype=torch.int64 if isinstance(t, int) else torch.float64)
-    x_in, t_in = process.net_inputs(x, t_batch)
+    x_in, t_in = diffusion.net_inputs(x, t_batch)
     if isinstance(net, Guided):
         net = net.at(t if start is None else start)
     return net(x_in.to(dtype), t_in if isinstance(t, int) else t_in.to(dtype), y).double(), t_batch
 
 
 @torch.no_grad()
-def sample_ode(net, process, noise, y, steps, solver="heun", dtype=torch.float32):
+def sample_ode(net, diffusion, noise, y, steps, solver="heun", dtype=torch.float32):
     """Integrate the probability-flow ODE from unit noise (N, C, H, W) to images, float64.
 
     net(x, t, y) is a network or `Guided`. Euler costs `steps` calls, Heun 2 * steps - 1 (no correction in the last step).
@@ -370,69 +372,69 @@ def sample_ode(net, process, noise, y, steps, solver="heun", dtype=torch.float32
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown ODE solver {solver!r}: choose euler or heun")
-    grid = process.times(steps)
-    times, clock, scale = grid.tolist(), process.clock(grid).tolist(), process.scale(grid).tolist()
-    x = process.start(noise.double())
+    grid = diffusion.times(steps)
+    times, clock, scale = grid.tolist(), diffusion.clock(grid).tolist(), diffusion.scale(grid).tolist()
+    x = diffusion.start(noise.double())
     for i in range(steps):
         z, step = x / scale[i], clock[i + 1] - clock[i]
-        out, t = network_output(net, process, x, times[i], y, dtype)
-        d = process.velocity(out, x, t)
+        out, t = network_output(net, diffusion, x, times[i], y, dtype)
+        d = diffusion.velocity(out, x, t)
         x = (z + step * d) * scale[i + 1]
         if solver == "heun" and i < steps - 1:
-            out, t = network_output(net, process, x, times[i + 1], y, dtype, start=times[i])
-            x = (z + step * (d + process.velocity(out, x, t)) / 2) * scale[i + 1]
+            out, t = network_output(net, diffusion, x, times[i + 1], y, dtype, start=times[i])
+            x = (z + step * (d + diffusion.velocity(out, x, t)) / 2) * scale[i + 1]
     return x
 
 
 @torch.no_grad()
-def sample_sde(net, process, noise, y, steps, draw, dtype=torch.float32, churn=None):
+def sample_sde(net, diffusion, noise, y, steps, draw, dtype=torch.float32, churn=None):
     """Stochastic sampling from unit noise (N, C, H, W) to images, float64. draw() gives the next unit noise, e.g. an `ImageNoise`.
 
     Flow: Euler-Maruyama of REPA. DDPM: ancestral sampling with the learned variance. EDM: Algorithm 2, churn = {"S_churn": ...}.
     """
-    if isinstance(process, EDM):
-        return stochastic_heun(net, process, noise, y, steps, draw, dtype, **(churn or {}))
-    sampler = ancestral if isinstance(process, DDPM) else euler_maruyama
-    return sampler(net, process, noise, y, steps, draw, dtype)
+    if isinstance(diffusion, EDM):
+        return stochastic_heun(net, diffusion, noise, y, steps, draw, dtype, **(churn or {}))
+    sampler = ancestral if isinstance(diffusion, DDPM) else euler_maruyama
+    return sampler(net, diffusion, noise, y, steps, draw, dtype)
 
 
-def euler_maruyama(net, process, noise, y, steps, draw, dtype, last=0.04):
+def euler_maruyama(net, diffusion, noise, y, steps, draw, dtype, last=0.04):
     """SiT eq. 6 with g^2 = 2t: times linspace(1, 0.04, steps), then 0; steps - 1 noisy steps and one without noise (REPA, SRA)."""
     times = [*torch.linspace(1, last, steps, dtype=torch.float64).tolist(), 0.0]
-    x = process.start(noise.double())
+    x = diffusion.start(noise.double())
     for t, t_next in pairwise(times):
-        out, t_batch = network_output(net, process, x, t, y, dtype)
-        drift = process.velocity(out, x, t_batch) - t * process.score(out, x, t_batch)
+        out, t_batch = network_output(net, diffusion, x, t, y, dtype)
+        drift = diffusion.velocity(out, x, t_batch) - t * diffusion.score(out, x, t_batch)
         x = x + (t_next - t) * drift
         if t_next > 0:
             x = x + math.sqrt(2 * t * (t - t_next)) * draw().double()
     return x
 
 
-def ancestral(net, process, noise, y, steps, draw, dtype):
+def ancestral(net, diffusion, noise, y, steps, draw, dtype):
     """DDPM Algorithm 2 on respaced steps with the learned variance: improved DDPM eq. 15-16; the last step adds no noise."""
-    x = process.start(noise.double())
-    for t, t_prev in pairwise(process.times(steps).tolist()):
-        out, t_batch = network_output(net, process, x, t, y, dtype)
+    x = diffusion.start(noise.double())
+    for t, t_prev in pairwise(diffusion.times(steps).tolist()):
+        out, t_batch = network_output(net, diffusion, x, t, y, dtype)
         prev_batch = torch.full_like(t_batch, t_prev)
-        mean_x0, mean_xt, _, _ = process.posterior(t_batch, prev_batch)
-        x = per_image(mean_x0, x) * process.denoise(out, x, t_batch) + per_image(mean_xt, x) * x
+        mean_x0, mean_xt, _, _ = diffusion.posterior(t_batch, prev_batch)
+        x = per_image(mean_x0, x) * diffusion.denoise(out, x, t_batch) + per_image(mean_xt, x) * x
         if t_prev >= 0:
-            x = x + (0.5 * process.log_variance(out, t_batch, prev_batch)).exp() * draw().double()
+            x = x + (0.5 * diffusion.log_variance(out, t_batch, prev_batch)).exp() * draw().double()
     return x
 
 
-def stochastic_heun(net, process, noise, y, steps, draw, dtype, S_churn=40.0, S_min=0.0, S_max=math.inf, S_noise=1.0):
+def stochastic_heun(net, diffusion, noise, y, steps, draw, dtype, S_churn=40.0, S_min=0.0, S_max=math.inf, S_noise=1.0):
     """EDM Algorithm 2. One draw a step, also where the churn is zero, as in the official code."""
-    x = process.start(noise.double())
-    for i, (t, t_next) in enumerate(pairwise(process.times(steps).tolist())):
+    x = diffusion.start(noise.double())
+    for i, (t, t_next) in enumerate(pairwise(diffusion.times(steps).tolist())):
         gamma = min(S_churn / steps, math.sqrt(2) - 1) if S_min <= t <= S_max else 0.0
         t_hat = t + gamma * t
         x_hat = x + math.sqrt(t_hat**2 - t**2) * S_noise * draw().double()
-        out, t_batch = network_output(net, process, x_hat, t_hat, y, dtype, start=t)
-        d = process.velocity(out, x_hat, t_batch)
+        out, t_batch = network_output(net, diffusion, x_hat, t_hat, y, dtype, start=t)
+        d = diffusion.velocity(out, x_hat, t_batch)
         x = x_hat + (t_next - t_hat) * d
         if i < steps - 1:
-            out, t_batch = network_output(net, process, x, t_next, y, dtype, start=t)
-            x = x_hat + (t_next - t_hat) * (d + process.velocity(out, x, t_batch)) / 2
+            out, t_batch = network_output(net, diffusion, x, t_next, y, dtype, start=t)
+            x = x_hat + (t_next - t_hat) * (d + diffusion.velocity(out, x, t_batch)) / 2
     return x

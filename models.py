@@ -11,8 +11,10 @@ import copy
 import math
 import os
 import sys
+import zipfile
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -242,6 +244,7 @@ def image_grid(images, columns):
 
 def write_atomically(path, write):
     """write(file) to a temporary name, flush, rename: a file that has its final name is complete."""
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         write(file)
@@ -250,34 +253,58 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path):
-    """A checkpoint of the training scripts, memory-mapped: {"model", "ema", "method", "optimizer", "step", "args", "log"}.
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
 
-    Raises ValueError, one line, if the file is missing, truncated, or something else. Never runs code from the file.
+
+def load_checkpoint(path, checked=False):
+    """A checkpoint of the training scripts: {"model", "ema", "method", "optimizer", "step", "args", "log"}, on the CPU.
+
+    Raises ValueError, one line, if the file is missing, damaged, or something else. Never runs code from the file. The tensors are mapped
+    from the file as they are used; their checksums are verified first, unless `checked` says that this has been done.
     """
     try:
+        damaged = None if checked else zipfile.ZipFile(path).testzip()
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0][:100]})") from None
+        raise ValueError(f"{path} cannot be read ({first_line(error)})") from None
+    if damaged:
+        raise ValueError(f"{path} cannot be read (wrong checksum in {damaged})")
     if not isinstance(content, dict) or not {"model", "ema", "method", "optimizer", "step", "args", "log"} <= set(content):
         raise ValueError(f"{path} is not a checkpoint of the training scripts")
     return content
 
 
 def newest_checkpoint(folder):
-    """(path, content) of the newest readable checkpoint in a folder; (None, None) if it holds no *.pt at all.
+    """Path of the newest readable checkpoint in a folder, or None if it holds no *.pt at all.
 
     Unreadable ones are named on stderr. Raises ValueError, one line, if there are some and none is readable.
     """
     paths = sorted(folder.glob("*.pt"), reverse=True)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            load_checkpoint(path)
+            return path
         except ValueError as error:
             print(f"{error}: taking the one before", file=sys.stderr, flush=True)
     if paths:
         raise ValueError(f"no checkpoint in {folder} is readable: move them away to start over")
-    return None, None
+    return None
+
+
+def on_rank_0(work):
+    """work() on rank 0 alone, its result on every rank; a ValueError or OSError of it is raised on every rank, as ValueError."""
+    result = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = [work(), None]
+        except (ValueError, OSError) as error:
+            result = [None, str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if result[1]:
+        raise ValueError(result[1])
+    return result[0]
 
 
 # Official checkpoints -------------------------------------------------------------------------------------------------------------------
@@ -314,7 +341,7 @@ def load_official(path, source, num_heads, weights="ema"):
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of these repositories hold their flags as one
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     notes = []

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from diffusion import PROCESSES, Guided, ImageNoise, make_process, sample_ode, sample_sde
+from diffusion import DIFFUSIONS, Guided, ImageNoise, make_diffusion, sample_ode, sample_sde
 from models import (
     SOURCES,
     build_model,
@@ -42,6 +42,7 @@ from models import (
     load_checkpoint,
     load_official,
     newest_checkpoint,
+    on_rank_0,
     parse_model,
     to_uint8,
     write_atomically,
@@ -49,26 +50,21 @@ from models import (
 
 
 def fail(message):
-    """A user error: one line on stderr from rank 0, exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """A user error: one line on stderr from the first process of a machine, exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"sample.py: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     sys.exit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, add = fail, parser.add_argument
     add("--ckpt", type=Path, required=True, help="a checkpoint, or the --out folder of a training run")
     add("--official", choices=SOURCES, help="the checkpoint is of that official repository ('dit' also for SRA's DiT)")
     add("--model", help="official checkpoints: DiT-SIZE/PATCH")
-    add("--diffusion", choices=PROCESSES, help="official checkpoints (default: ddpm for dit, else flow)")
+    add("--diffusion", choices=DIFFUSIONS, help="official checkpoints (default: ddpm for dit, else flow)")
     add("--weights", choices=("ema", "model"), default="ema")
     add("--out", type=Path, default=Path("samples"))
     add("--num", "--num-samples", type=int, default=1000)
@@ -76,7 +72,7 @@ def parse_args(argv=None):
     add("--solver", choices=("heun", "euler", "sde"), default="heun")
     add("--steps", type=int, default=50)
     add("--guidance", type=float, default=1.0, help="classifier-free guidance scale, >= 1")
-    add("--guidance-interval", type=float, nargs=2, default=(-math.inf, math.inf), metavar=("LOW", "HIGH"), help="in the process's time")
+    add("--guidance-interval", type=float, nargs=2, default=(-math.inf, math.inf), metavar=("LOW", "HIGH"), help="in the diffusion's time")
     add("--guidance-channels", type=int, help="guide the first so many channels only; 3 reproduces DiT (default: all)")
     add("--churn", type=float, nargs=4, default=(40, 0, math.inf, 1), metavar=("S_churn", "S_min", "S_max", "S_noise"))
     add("--classes", type=int, nargs="+", help="sample these classes only")
@@ -94,11 +90,20 @@ def parse_args(argv=None):
     return args
 
 
-def load_network(args):
-    """(network, process, description for the protocol) from --ckpt. Raises ValueError with one line."""
-    path = args.ckpt
+def find_checkpoint(path):
+    """The file behind --ckpt: itself, or the newest readable checkpoint of a run's folder. Raises ValueError with one line."""
     if not path.exists():
         raise ValueError(f"--ckpt {path}: no such file or folder")
+    if not path.is_dir():
+        return path
+    newest = newest_checkpoint(path / "checkpoints")
+    if not newest:
+        raise ValueError(f"--ckpt {path}: no checkpoints/*.pt in this folder")
+    return newest
+
+
+def load_network(args, path):
+    """(network, diffusion, description for the protocol) from a checkpoint file. Raises ValueError with one line."""
     if args.official:
         if not args.model:
             raise ValueError("--official needs --model, e.g. DiT-XL/2: the number of heads is not in the weights")
@@ -108,20 +113,18 @@ def load_network(args):
         if unlike:
             raise ValueError(f"{path} is not a {args.model}: it has {', '.join(unlike)}")
         name = args.diffusion or ("ddpm" if args.official == "dit" else "flow")
-        process = make_process(name)
-        if process.learned_variance != net.config["learn_sigma"]:
+        diffusion = make_diffusion(name)
+        if diffusion.learned_variance != net.config["learn_sigma"]:
             raise ValueError(f"{path} has {net.out_channels} output channels, which does not fit --diffusion {name}")
-        return net, process, {"official": args.official, "model": args.model, "diffusion": name, "notes": notes}
+        return net, diffusion, {"official": args.official, "model": args.model, "diffusion": name, "notes": notes}
     if args.model or args.diffusion:
         raise ValueError("--model and --diffusion are for official checkpoints (--official); ours say themselves what they are")
-    path, saved = newest_checkpoint(path / "checkpoints") if path.is_dir() else (path, load_checkpoint(path))
-    if not saved:
-        raise ValueError(f"--ckpt {args.ckpt}: no checkpoints/*.pt in this folder")
+    saved = load_checkpoint(path)
     trained = saved["args"]
     net = build_model(trained["network"])
     net.load_state_dict(saved[args.weights])
     about = {"script": trained["script"], "model": trained["model"], "diffusion": trained["diffusion"], "step": saved["step"]}
-    return net.eval(), make_process(trained["diffusion"], clip=True), {"file": path.name, **about, "class_names": trained["classes"]}
+    return net.eval(), make_diffusion(trained["diffusion"], clip=True), {"file": path.name, **about, "class_names": trained["classes"]}
 
 
 def stored(folder):
@@ -165,13 +168,12 @@ def join_parts(parts, num, path):
     write_atomically(path, write)
 
 
-def write_pictures(parts, args):
-    """grid.png of the first images, at most 8 x 8, and with --png every image."""
+def write_pictures(batches, args):
+    """grid.png of the first images, at most 8 x 8, and with --png every image; batches: uint8 arrays (N, H, W, 3) in order."""
     if args.png:
         (args.out / "png").mkdir(exist_ok=True)
     columns, shown, count = min(8, args.num), [], 0
-    for part in parts:
-        images = np.load(part)["images"]
+    for images in batches:
         shown.extend(images[: 64 - len(shown)])
         for i, image in enumerate(images if args.png else (), count):
             Image.fromarray(image).save(args.out / "png" / f"{i:06d}.png")
@@ -180,48 +182,58 @@ def write_pictures(parts, args):
     write_atomically(args.out / "grid.png", lambda file: grid.save(file, "png"))
 
 
-def main(args):
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    torch.set_float32_matmul_precision("high")
-    try:
-        net, process, about = load_network(args)
-        num_classes = net.config["num_classes"]
-        net = net.to(device)
-        shape = (net.config["in_channels"], net.config["input_size"], net.config["input_size"])
-        process.times(args.steps)
-        guided = Guided(net, args.guidance, num_classes, tuple(args.guidance_interval), args.guidance_channels)
-    except ValueError as error:
-        fail(error)
-    classes = args.classes or list(range(num_classes))
-    if not all(0 <= c < num_classes for c in classes):
-        fail(f"--classes {' '.join(map(str, args.classes))}: the model knows classes 0 to {num_classes - 1}")
-    if shape[0] != 3 and not args.latents:
-        fail(f"{args.ckpt} generates latents of {shape[0]} channels, and there is no VAE here yet: --latents stores them as they are")
-    if world > 1:
-        dist.init_process_group("gloo")
-    churn = dict(zip(("S_churn", "S_min", "S_max", "S_noise"), args.churn))
+def describe(args, about, channels):
+    """Everything the images depend on, as plain JSON values."""
     churned = about["diffusion"] == "edm" and args.solver == "sde"
     protocol = {
         "checkpoint": {"path": str(args.ckpt), "weights": args.weights, **about},
-        "sampler": {"solver": args.solver, "steps": args.steps, "churn": churn if churned else None},
-        "guidance": {"scale": args.guidance, "interval": list(args.guidance_interval), "channels": args.guidance_channels or shape[0]},
-        "labels": {"classes": classes if args.classes else "all", "how": args.labels},
+        "sampler": {"solver": args.solver, "steps": args.steps, "churn": args.churn if churned else None},
+        "guidance": {"scale": args.guidance, "interval": list(args.guidance_interval), "channels": args.guidance_channels or channels},
+        "labels": {"classes": args.classes or "all", "how": args.labels},
         "num": args.num, "seed": args.seed, "precision": args.precision, "latents": args.latents,
     }  # fmt: skip
-    protocol = json.loads(json.dumps(protocol).replace("-Infinity", '"-inf"').replace("Infinity", '"inf"'))
+    return json.loads(json.dumps(protocol).replace("-Infinity", '"-inf"').replace("Infinity", '"inf"'))
 
-    parts_folder, finished = args.out / "parts", args.out / "samples.npz"
-    if rank == 0:
-        description = args.out / "protocol.json"
-        if description.exists() and json.loads(description.read_text()) != protocol:
-            fail(f"{args.out} holds samples of another run (see its protocol.json): choose another --out")
-        parts_folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(description, lambda file: file.write(json.dumps(protocol, indent=1).encode()))
+
+def open_output(args, protocol):
+    """Make the output folder, or check that what it holds belongs to this run. Raises ValueError with one line."""
+    description = args.out / "protocol.json"
+    if description.exists() and json.loads(description.read_text()) != protocol:
+        raise ValueError(f"{args.out} holds samples of another run (see its protocol.json): choose another --out")
+    (args.out / "parts").mkdir(parents=True, exist_ok=True)
+    write_atomically(description, lambda file: file.write(json.dumps(protocol, indent=1).encode()))
+
+
+def main(args):
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local >= torch.cuda.device_count():
+        fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
+    torch.set_float32_matmul_precision("high")
     if world > 1:
-        dist.barrier()
-    parts = {0: (args.num, finished)} if finished.exists() else stored(parts_folder)
-    batches = missing_batches(parts, args.num, args.batch_size)
+        dist.init_process_group("gloo")
+    try:
+        net, diffusion, about = load_network(args, on_rank_0(lambda: find_checkpoint(args.ckpt)))
+        num_classes, net = net.config["num_classes"], net.to(device)
+        shape = (net.config["in_channels"], net.config["input_size"], net.config["input_size"])
+        diffusion.times(args.steps)
+        guided = Guided(net, args.guidance, num_classes, tuple(args.guidance_interval), args.guidance_channels)
+        classes = args.classes or list(range(num_classes))
+        if not all(0 <= c < num_classes for c in classes):
+            raise ValueError(f"--classes {' '.join(map(str, classes))}: the model knows classes 0 to {num_classes - 1}")
+        if args.guidance_channels and args.guidance_channels > shape[0]:
+            raise ValueError(f"--guidance-channels {args.guidance_channels}: the model generates {shape[0]} channels")
+        if shape[0] != 3 and not args.latents:
+            raise ValueError(f"{args.ckpt} generates latents of {shape[0]} channels; there is no VAE here yet: --latents stores them")
+        if args.latents and args.png:
+            raise ValueError("--latents stores no images: leave out --png")
+        on_rank_0(lambda: open_output(args, describe(args, about, shape[0])))
+    except ValueError as error:
+        fail(error)
+    churn = dict(zip(("S_churn", "S_min", "S_max", "S_noise"), args.churn))
+    parts_folder, finished = args.out / "parts", args.out / "samples.npz"
+    done = finished.exists()
+    batches = [] if done else missing_batches(stored(parts_folder), args.num, args.batch_size)
     bar = tqdm(total=args.num, initial=args.num - sum(b - a for a, b in batches), disable=rank > 0, unit="img", dynamic_ncols=True)
     if world > 1:
         dist.barrier()  # every rank has seen the same parts before the first new one
@@ -233,25 +245,25 @@ def main(args):
             y = draw.choice(classes) if args.labels == "random" else in_turn
             with torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else contextlib.nullcontext():
                 if args.solver == "sde":
-                    x = sample_sde(guided, process, noise, y, args.steps, draw, churn=churn)
+                    x = sample_sde(guided, diffusion, noise, y, args.steps, draw, churn=churn)
                 else:
-                    x = sample_ode(guided, process, noise, y, args.steps, args.solver)
-            images = (x.float() if args.latents else to_uint8(x)).cpu().numpy()
-            write_atomically(
-                parts_folder / f"{first}-{end}.npz",
-                lambda file, images=images, y=y: np.savez(file, images=images, labels=y.cpu().numpy()),
-            )
+                    x = sample_ode(guided, diffusion, noise, y, args.steps, args.solver)
+            part = {"images": (x.float() if args.latents else to_uint8(x)).cpu().numpy(), "labels": y.cpu().numpy()}
+            write_atomically(parts_folder / f"{first}-{end}.npz", lambda file, part=part: np.savez(file, **part))
         bar.update(end - first)
     if world > 1:
         dist.barrier()
+    bar.close()
     if rank == 0:
-        if not finished.exists():
-            ordered = [path for _, (_, path) in sorted(stored(parts_folder).items())]
-            if not args.latents:
-                write_pictures(ordered, args)
+        parts = stored(parts_folder)
+        if not done and missing_batches(parts, args.num, args.num):
+            fail(f"{parts_folder} lacks parts that other processes made: --out must be a folder that all of them share")
+        ordered = [path for _, (_, path) in sorted(parts.items())]
+        if not args.latents and (args.png or not done):
+            write_pictures([np.load(finished)["arr_0"]] if done else (np.load(path)["images"] for path in ordered), args)
+        if not done:
             join_parts(ordered, args.num, finished)
-        shutil.rmtree(parts_folder, ignore_errors=True)
-        bar.close()
+        shutil.rmtree(parts_folder)
         print(f"{args.num} samples in {finished}", flush=True)
     if world > 1:
         dist.barrier()

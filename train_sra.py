@@ -31,7 +31,8 @@ Implementation details (S/ and D/ are SiT-SRA/ and DiT-SRA/ of the official repo
 
 Differences from the official code
  1. Its EMA starts from another random network on every rank (copied before the broadcast), so most ranks follow a wrong teacher at first;
-    ours is equal on all ranks from step 0. 2. Its teacher runs all blocks, in fp32. 3. It trains in fp16 with a loss scaler, we in bf16.
+    ours is equal on all ranks from step 0.
+ 2. Its teacher runs all blocks, in fp32. 3. It trains in fp16 with a loss scaler, we in bf16.
  4. EMA warm-up min(decay, (1 + s) / (10 + s)) by default; `--no-ema-warmup` is the paper's constant 0.9999.
  5. No VAE latents yet: images are pixels, so the patch has to grow with the resolution (the paper: 256 px latents, patch 2).
 """
@@ -50,14 +51,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from diffusion import PROCESSES, ImageNoise, make_process, sample_ode, seed_of
-from models import Block, DiT, frozen_copy, image_grid, load_checkpoint, newest_checkpoint, parse_model, to_uint8, write_atomically
+from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
+from models import Block, image_grid, load_checkpoint, newest_checkpoint, on_rank_0, parse_model, to_uint8, write_atomically
 
 # --- method: SRA ------------------------------------------------------------------------------------------------------------------------
+
+import torch.nn.functional as F
+
+from models import DiT, frozen_copy
 
 DEFAULTS = {}  # scaffold flags that this paper sets otherwise: none
 
@@ -95,7 +99,7 @@ def alignment_weight(step, weight, decay):
     return weight * 0.1 ** (max(0, step - start) / tenfold)
 
 
-def teacher_time(process, t, u, gap):
+def teacher_time(diffusion, t, u, gap):
     """Times (N,) of the teacher from the student's t and u ~ U(0, 1): S/loss.py; steps, for DDPM: D/diffusion/gaussian_diffusion.py."""
     if t.dtype == torch.int64:
         return (t - (u * int(1000 * gap)).long()).clamp(1, 999)
@@ -113,15 +117,17 @@ def projection_head(dim):
 class SRA(nn.Module):
     """`model` is trained, `ema` averages it: teacher, and what is sampled. The loop sets `step`, the number of finished steps."""
 
-    def __init__(self, args, network, process):
+    def __init__(self, args, network, diffusion):
         super().__init__()
-        self.process, self.step = process, 0
+        self.diffusion, self.step = diffusion, 0
         self.label_drop, self.null_label = args.label_drop, network["num_classes"]
         self.model = DiT(**network)
         self.ema = frozen_copy(self.model)
         default = 0.5 if args.align_distance.startswith("cosine") else 0.2
         self.weight = default if args.align_weight is None else args.align_weight
         self.decay, self.distance, self.gap = args.align_decay, DISTANCES[args.align_distance], args.time_gap
+        if self.decay and (self.decay[0] < 0 or self.decay[1] < 1):
+            raise ValueError(f"--align-decay {self.decay[0]} {self.decay[1]}: START must be 0 or more, TENFOLD 1 or more")
         if self.weight == 0:
             return
         if args.diffusion == "edm":
@@ -137,33 +143,32 @@ class SRA(nn.Module):
     def forward(self, x0, y, t=None, noise=None, drop=None, u=None):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1)."""
         n = len(x0)
-        t = self.process.draw_t(n, x0.device) if t is None else t
+        t = self.diffusion.draw_t(n, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         drop = torch.rand(n, device=x0.device) if drop is None else drop
-        y = torch.where(drop < self.label_drop, self.null_label, y)
-        x_t = self.process.add_noise(x0, noise, t)
-        if self.weight == 0:
-            denoise = self.process.loss(self.model(*self.process.net_inputs(x_t, t), y), x0, noise, t).mean()
-            return {"loss": denoise, "denoise": denoise}
-        out, features = self.model(*self.process.net_inputs(x_t, t), y, features=(self.student_block,))
-        denoise = self.process.loss(out, x0, noise, t).mean()
         u = torch.rand(n, device=x0.device) if u is None else u
-        t_teacher = teacher_time(self.process, t, u, self.gap)
-        x_teacher = self.process.add_noise(x0, noise, t_teacher)
+        y = torch.where(drop < self.label_drop, self.null_label, y)
+        x_t = self.diffusion.add_noise(x0, noise, t)
+        if self.weight == 0:
+            denoise = self.diffusion.loss(self.model(*self.diffusion.net_inputs(x_t, t), y), x0, noise, t).mean()
+            return {"loss": denoise, "denoise": denoise}
+        out, features = self.model(*self.diffusion.net_inputs(x_t, t), y, features=(self.student_block,))
+        denoise = self.diffusion.loss(out, x0, noise, t).mean()
+        t_teacher = teacher_time(self.diffusion, t, u, self.gap)
+        x_teacher = self.diffusion.add_noise(x0, noise, t_teacher)
         with torch.no_grad():
-            target = self.ema.tokens_after(*self.process.net_inputs(x_teacher, t_teacher), y, self.teacher_block)  # (N, T, D)
+            target = self.ema.tokens_after(*self.diffusion.net_inputs(x_teacher, t_teacher), y, self.teacher_block)  # (N, T, D)
         align = self.distance(self.head(features[self.student_block]).float(), target.float())
         return {"loss": denoise + alignment_weight(self.step, self.weight, self.decay) * align, "denoise": denoise, "align": align}
 
     def after_step(self, step, steps):
-        """Nothing of its own to update: the teacher is the EMA, which the loop keeps."""
+        """Nothing to update: the teacher is the EMA, which the loop keeps."""
 
 
 # --- end method -------------------------------------------------------------------------------------------------------------------------
 
 # The rest is the same in every training script: arguments, data, checkpoints, loop.
 
-FIXED = ("script", "model", "diffusion", "image_size", "qk_norm", "classes")  # what resuming may not change
 SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each part, turn in degrees, size of the hole
     "red circle": ((220, 40, 40), 64, [(1, 1)], 0, 0),
     "green square": ((40, 170, 60), 4, [(1, 1)], 0, 0),
@@ -179,28 +184,23 @@ SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each 
 
 
 def fail(message, every_rank=False):
-    """A user error: one line on stderr, exit code 2. What every rank sees is printed by rank 0; the others give it time to."""
-    if every_rank or os.environ.get("RANK", "0") == "0":
+    """A user error: one line on stderr, exit code 2. What every rank sees, the first of each machine prints; the others wait for it."""
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     sys.exit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(message)
-
-
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add, switch = parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, add, switch = fail, parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
     add("--data", default="shapes", help="'shapes' (built in) or a folder of class folders of images")
     add("--image-size", type=int, default=32, help="side in pixels; images are cropped as in ADM")
     add("--flip", action=switch, default=True, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder of log.jsonl, samples/, checkpoints/")
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
-    add("--diffusion", choices=PROCESSES, default="flow")
+    add("--diffusion", choices=DIFFUSIONS, default="flow")
     add("--qk-norm", action=switch, default=False)
     add("--steps", type=int, default=400_000)
     add("--batch-size", type=int, default=256, help="global: over all processes and accumulated micro-batches")
@@ -270,7 +270,9 @@ class Images(torch.utils.data.Dataset):
         self.files, self.length = [(str(p), labels[name]) for p, name in zip(paths, names)], len(paths)
         for path, _ in self.files[rank::world]:  # headers only: this finds most bad files before training
             try:
-                Image.open(path).close()
+                with Image.open(path) as image:
+                    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
+                        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
             except Exception as error:
                 fail(f"cannot read image {path}: {error}", every_rank=True)
 
@@ -315,9 +317,15 @@ def own_process_group(worker):
 
 
 def main(method_cls, args):
+    """Train method_cls(args, network, diffusion), an nn.Module with `model`, `ema`, forward(x0, y) -> {"loss": ..., ...}, after_step.
+
+    Every trainable parameter must get a gradient in every step (DDP). State below `frozen` is not saved.
+    """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     cuda, out = device.type == "cuda", Path(args.out)
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
     torch.set_float32_matmul_precision("high")
     args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
     accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
@@ -331,11 +339,11 @@ def main(method_cls, args):
     if len(data) < args.batch_size:
         fail(f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}")
 
-    process = make_process(args.diffusion, clip=True)
+    diffusion = make_diffusion(args.diffusion, clip=True)
     torch.manual_seed(args.seed)
     try:
         network = {"input_size": args.image_size, "in_channels": 3, "num_classes": len(data.classes), **parse_model(args.model)}
-        method = method_cls(args, {**network, "learn_sigma": process.learned_variance, "qk_norm": args.qk_norm}, process).to(device)
+        method = method_cls(args, {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm}, diffusion).to(device)
     except ValueError as error:
         fail(error)
     parameters = [p for p in method.parameters() if p.requires_grad]
@@ -346,42 +354,46 @@ def main(method_cls, args):
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
-    step, rows, path, saved = 0, [], None, None
-    if rank == 0:
-        for folder in ("checkpoints", "samples"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        try:
-            path, saved = newest_checkpoint(out / "checkpoints")
-        except ValueError as error:
-            fail(error)
-    if world > 1:
-        shared = [path]
-        dist.broadcast_object_list(shared)
-        path = shared[0]
-    if path:
-        saved = saved or load_checkpoint(path)
+
+    def stored_state():  # all but a frozen teacher, which its own checkpoint holds
+        return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
+
+    def find_start():
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return newest_checkpoint(out / "checkpoints")
+
+    try:
+        path = on_rank_0(find_start)
+        saved = load_checkpoint(path, checked=True) if path else None
+    except ValueError as error:
+        fail(error)
+    step, rows = 0, []
+    if saved:
         was = {k: saved["args"].get(k) for k in description if saved["args"].get(k) != description[k] and k not in ("out", "workers")}
-        changed = {k: f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k != "network"}
+        changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", "classes")]
+        changed += ["other classes"] * ("classes" in was)
+        state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
         if "script" in was:
             fail(f"{path} is a checkpoint of {was['script']}: give this run another --out")
-        state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
-        if set(FIXED) & set(was) or "network" in was or set(state) != set(method.state_dict()):
-            fail(f"{path} does not fit {', '.join(changed.values())}: use the flags it was made with, or another --out")
+        if {"classes", "network", "diffusion"} & set(was) or set(state) != set(stored_state()):
+            fail(f"{path} does not fit {', '.join(changed)}: use the flags it was made with, or another --out")
         if changed and rank == 0:
-            print(f"resuming with {', '.join(changed.values())}", flush=True)
-        method.load_state_dict(state)
+            print(f"resuming with {', '.join(changed)}", flush=True)
+        method.load_state_dict(state, strict=False)  # strict above
         optimizer.load_state_dict(saved["optimizer"])
         step, rows = saved["step"], saved["log"].tolist()
         del saved, state
     wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0
-    for module in method.modules() if args.compile else ():
-        if isinstance(module, Block):
-            module.compile()
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing for DDP to split
+        for module in method.modules():
+            if isinstance(module, Block):
+                module.compile()
 
     def save():
-        own = {k: v for k, v in method.state_dict().items() if not k.startswith(("model.", "ema."))}
+        own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
         content = {"model": method.model.state_dict(), "ema": method.ema.state_dict(), "method": own, "optimizer": optimizer.state_dict()}
         content |= {"step": step, "args": description, "log": torch.tensor(rows, dtype=torch.float64)}
         write_atomically(out / "checkpoints" / f"{step:07d}.pt", lambda file: torch.save(content, file))
@@ -389,18 +401,13 @@ def main(method_cls, args):
     def draw_samples(lines=4):  # one column a class, at most ten
         labels = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist() * lines
         noise = ImageNoise(args.seed, range(len(labels)), (3, args.image_size, args.image_size), device)()
-        images = sample_ode(method.ema, process, noise, torch.tensor(labels, device=device), 50, "euler")
+        images = sample_ode(method.ema, diffusion, noise, torch.tensor(labels, device=device), 50, "euler")
         grid = image_grid(to_uint8(images), len(labels) // lines)
         write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
 
-    stop = torch.zeros(1)
-
-    def on_signal(number, _):
-        stop.fill_(1)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    stop = torch.zeros(1)  # becomes 1 on SIGTERM, which schedulers may repeat, and on Ctrl-C, whose second one ends the process at once
+    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
+    signal.signal(signal.SIGINT, lambda *_: (stop.fill_(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     workers, order = (8 if cuda else 0) if args.workers is None else args.workers, read_order(len(data), args, rank, world, step)
     options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": own_process_group}
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
@@ -408,13 +415,12 @@ def main(method_cls, args):
     if rank == 0:
         hardware = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
         start = {"start": step, "command": sys.argv, "torch": torch.__version__, "processes": world, "hardware": hardware, **description}
-        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").exists() else []
         lines = [line for line in lines if json.loads(line).get("step", 0) <= step]  # a killed run may have logged further
         text = "".join(f"{line}\n" for line in [*lines, json.dumps(start)])
         write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
-        size = sum(p.numel() for p in parameters) / 1e6
-        split = f"{world} processes x {accumulate} x {args.micro_batch}"
-        bar.write(f"batch {args.batch_size} = {split}; {len(data)} images, {size:.1f} M parameters")
+        bar.write(f"batch {args.batch_size} = {world} processes x {accumulate} micro-batches x {args.micro_batch}; {len(data)} images; "
+                  f"{sum(p.numel() for p in parameters) / 1e6:.1f} M trainable parameters")  # fmt: skip
     trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
     pending, names, timer, timed = [], [], 0.0, None
     while step < args.steps:
@@ -441,7 +447,7 @@ def main(method_cls, args):
         decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
         with torch.no_grad():
             torch._foreach_lerp_(averaged, trained, 1 - decay)
-        method.after_step(step, args.steps)
+            method.after_step(step, args.steps)
         step, names = step + 1, [*terms, "grad_norm"]
         pending.append(torch.cat([sums, norm.detach().float().reshape(1)]))
         timer, timed = (time.perf_counter(), 0) if timed is None else (timer, timed + args.batch_size)  # the first step is not timed

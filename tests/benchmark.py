@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_sra
-from diffusion import make_process
+from diffusion import make_diffusion
 from models import Block, parse_model
 
 
@@ -46,10 +46,10 @@ def macs(args, network):
 class Row:
     """One method at one size: a training step as in the scaffold, timed in parts."""
 
-    def __init__(self, name, flags, network, process, args, device):
+    def __init__(self, name, flags, network, diffusion, args, device):
         self.name, self.device, self.times, self.outside = name, device, [], []
         torch.manual_seed(0)
-        self.method = train_sra.SRA(train_sra.parse_args(flags), network, process).to(device)
+        self.method = train_sra.SRA(train_sra.parse_args(flags), network, diffusion).to(device)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
         self.trained, self.averaged = list(self.method.model.parameters()), list(self.method.ema.parameters())
@@ -108,19 +108,19 @@ def matmul_rate(device):
     return 10 * 8192**3 / (time.perf_counter() - start)
 
 
-def training_memory(name, flags, network, process, args, device):
+def training_memory(name, flags, network, diffusion, args, device):
     """Peak memory of a few steps on their own, in GiB: of the GPU, or what the process grew by on a CPU (run in a child)."""
     import multiprocessing
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        row = Row(name, flags, network, process, args, device)
+        row = Row(name, flags, network, diffusion, args, device)
         for k in range(3):
             row.step(k)
         return torch.cuda.max_memory_allocated() / 2**30
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    child = context.Process(target=child_memory, args=(queue, name, flags, network, process, args, device))
+    child = context.Process(target=child_memory, args=(queue, name, flags, network, diffusion, args, device))
     child.start()
     grown = queue.get()
     child.join()
@@ -146,7 +146,7 @@ def main():
     args = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     torch.set_float32_matmul_precision("high")
-    process = make_process(args.diffusion)
+    diffusion = make_diffusion(args.diffusion)
     peak = matmul_rate(device) if cuda else None
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}")
@@ -155,11 +155,11 @@ def main():
     print(f"{'model':10} {'method':8} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}" + "    MFU" * cuda)
     for model in args.models:
         shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
-        network = {**shape, **parse_model(model), "learn_sigma": process.learned_variance}
+        network = {**shape, **parse_model(model), "learn_sigma": diffusion.learned_variance}
         chosen = {"vanilla": ["--align-weight", "0"], "sra": []}
         chosen = {name: [*flags, "--diffusion", args.diffusion] for name, flags in chosen.items()}
-        memory = {name: training_memory(name, flags, network, process, args, device) for name, flags in chosen.items()}
-        rows = [Row(name, flags, network, process, args, device) for name, flags in chosen.items()]
+        memory = {name: training_memory(name, flags, network, diffusion, args, device) for name, flags in chosen.items()}
+        rows = [Row(name, flags, network, diffusion, args, device) for name, flags in chosen.items()]
         for k in range(3 + args.steps):  # three to warm up
             for row in rows:
                 row.step(k)

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-import diffusion
-from diffusion import DDPM, EDM, Flow, Guided, ImageNoise, sample_ode, sample_sde
+from diffusion import DDPM, DIFFUSIONS, EDM, Flow, Guided, ImageNoise, make_diffusion, sample_ode, sample_sde, seed_of
 
 
 def mean_per_image(loss):
@@ -153,10 +152,10 @@ def test_ddpm(golden):
         return torch.cat([0.8 * x * (0.2 + s) - 0.05, 0.5 * x / (1 + x.abs()) + s - 0.5], 1)
 
     y = torch.zeros(len(i["z"]), dtype=torch.int64)
-    for name, process in (("n", ddpm), ("ddim", DDPM(strided=True))):
-        grid = process.times(10)
+    for name, diffusion in (("n", ddpm), ("ddim", DDPM(strided=True))):
+        grid = diffusion.times(10)
         g.check(f"map_{name}", grid[:-1].flip(0))
-        g.check(f"betas_{name}", process.posterior(grid[:-1], grid[1:])[2].exp().flip(0))
+        g.check(f"betas_{name}", diffusion.posterior(grid[:-1], grid[1:])[2].exp().flip(0))
     g.check("p_sample", sample_sde(net, ddpm, i["z"], y, 10, replay(i["noises"])))
     g.check("p_sample_clip", sample_sde(net, DDPM(clip=True), i["z"], y, 10, replay(i["noises"])))
     g.check("ddim", sample_ode(net, ddpm, i["z"], y, 10, "euler"))
@@ -192,24 +191,24 @@ class Mixture:
         return (logits.softmax(1)[:, :, None] * posterior_means).sum(1)
 
 
-def exact_net(process, mixture):
+def exact_net(diffusion, mixture):
     """The raw output that an infinitely trained network of this process would give."""
 
     def net(x_in, t_in, y):
         x_in = x_in.double()
         t = t_in[0]
-        if isinstance(process, EDM):
+        if isinstance(diffusion, EDM):
             sigma = (4 * t.double()).exp()
-            c_skip, c_out, c_in, _ = process.preconditioning(sigma)
+            c_skip, c_out, c_in, _ = diffusion.preconditioning(sigma)
             x = x_in / c_in
             D = mixture.denoise(x.flatten(1), 1.0, sigma).view_as(x)
             return (D - c_skip * x) / c_out
-        if isinstance(process, DDPM):
-            abar = process.abar(t)
+        if isinstance(diffusion, DDPM):
+            abar = diffusion.abar(t)
             D = mixture.denoise(x_in.flatten(1), abar.sqrt(), (1 - abar).sqrt()).view_as(x_in)
             eps = (x_in - abar.sqrt() * D) / (1 - abar).sqrt()
             return torch.cat([eps, torch.ones_like(eps)], 1)  # variance: beta, right for many small steps
-        a, s, da, ds = process.coefficients(t.double())
+        a, s, da, ds = diffusion.coefficients(t.double())
         D = mixture.denoise(x_in.flatten(1), a, s).view_as(x_in)
         return da * D + ds * (x_in - a * D) / s
 
@@ -217,7 +216,7 @@ def exact_net(process, mixture):
 
 
 SOLVERS = [
-    # process, solver, steps; Euler needs more
+    # diffusion, solver, steps; Euler needs more
     (Flow(), "heun", 60),
     (Flow(), "euler", 500),
     (Flow("gvp"), "heun", 60),
@@ -233,8 +232,8 @@ SOLVERS = [
 ]
 
 
-@pytest.mark.parametrize("process,solver,steps", SOLVERS, ids=[f"{type(p).__name__}-{getattr(p, 'path', '')}-{s}" for p, s, _ in SOLVERS])
-def test_every_solver_lands_on_a_gaussian_mixture(process, solver, steps):
+@pytest.mark.parametrize("diffusion,solver,steps", SOLVERS, ids=[f"{type(p).__name__}-{getattr(p, 'path', '')}-{s}" for p, s, _ in SOLVERS])
+def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
     """The exact denoiser of a mixture must be sampled back to its mean and covariance.
 
     ODE: 4,096 quasi-random starting points. SDE: 10,000 random ones, whose own sampling error is about 0.005. Flow's SDE ends with one
@@ -245,36 +244,36 @@ def test_every_solver_lands_on_a_gaussian_mixture(process, solver, steps):
     uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(n, dtype=torch.float64)
     noise = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).reshape(n, 1, 1, 2)
     y = torch.zeros(n, dtype=torch.int64)
-    net = exact_net(process, mixture)
+    net = exact_net(diffusion, mixture)
     if solver == "sde":
         draw = lambda: torch.randn(n, 1, 1, 2, generator=generator)  # noqa: E731
-        x = sample_sde(net, process, noise, y, steps, draw, torch.float64, {"S_churn": 20.0} if isinstance(process, EDM) else None)
+        x = sample_sde(net, diffusion, noise, y, steps, draw, torch.float64, {"S_churn": 20.0} if isinstance(diffusion, EDM) else None)
     else:
-        x = sample_ode(net, process, noise, y, steps, solver, torch.float64)
+        x = sample_ode(net, diffusion, noise, y, steps, solver, torch.float64)
     x = x.flatten(1)
     mean, cov = mixture.moments()
-    if isinstance(process, Flow) and solver == "sde":
+    if isinstance(diffusion, Flow) and solver == "sde":
         cov = cov + 0.0016 * torch.eye(2)
     atol = 0.015 if solver == "sde" else 0.005
     torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=atol)
     torch.testing.assert_close(x.T.cov(), cov, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", diffusion.PROCESSES)
+@pytest.mark.parametrize("name", DIFFUSIONS)
 def test_target_denoise_and_loss_agree(name):
     """A perfect output has zero (squared-error) loss and denoises to x_0 exactly."""
-    process = diffusion.make_process(name)
+    diffusion = make_diffusion(name)
     x0, noise = torch.randn(2, 64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
-    t = process.draw_t(64, "cpu")
-    x_t = process.add_noise(x0, noise, t)
-    out = process.target(x0, noise, t)
-    torch.testing.assert_close(process.denoise(out, x_t, t), x0, rtol=1e-5, atol=2e-4 if name == "edm" else 1e-6)
+    t = diffusion.draw_t(64, "cpu")
+    x_t = diffusion.add_noise(x0, noise, t)
+    out = diffusion.target(x0, noise, t)
+    torch.testing.assert_close(diffusion.denoise(out, x_t, t), x0, rtol=1e-5, atol=2e-4 if name == "edm" else 1e-6)
     if name == "ddpm":
         out = torch.cat([out, torch.zeros_like(out)], 1)
-        torch.testing.assert_close(process.loss(out, x0, noise, t), process.variational_bound(out, x0, noise, t), rtol=0, atol=1e-12)
+        torch.testing.assert_close(diffusion.loss(out, x0, noise, t), diffusion.variational_bound(out, x0, noise, t), rtol=0, atol=1e-12)
     else:
-        assert process.loss(out, x0, noise, t).max() < 1e-12
+        assert diffusion.loss(out, x0, noise, t).max() < 1e-12
 
 
 def test_edm_weight_times_c_out_squared_is_one():
@@ -323,6 +322,18 @@ def test_guidance_costs_one_forward_at_scale_one_and_outside_the_interval():
 def test_guidance_below_one_is_refused(scale):
     with pytest.raises(ValueError, match="below 1"):
         Guided(None, scale, 10)
+
+
+@pytest.mark.parametrize("channels", [0, -1])
+def test_guidance_on_no_channel_is_refused(channels):
+    with pytest.raises(ValueError, match="at least 1"):
+        Guided(None, 2.0, 10, channels=channels)
+
+
+def test_seeds_of_images_and_of_steps_never_meet():
+    """(seed, image) and (seed, rank, step 0) differ, although numpy's SeedSequence pads with zeros."""
+    keys = [(0,), (0, 5), (0, 5, 0), (0, 5, 2), (5, 0), (0, 5, 1)]
+    assert len({seed_of(*k) for k in keys}) == len(keys)
 
 
 def test_image_noise_depends_on_seed_and_index_alone():

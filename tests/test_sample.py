@@ -132,9 +132,8 @@ def test_official_checkpoint(tmp_path):
     torch.save({"ema": model.state_dict()}, tmp_path / "repa.pt")
     draw("--ckpt", tmp_path / "repa.pt", "--official", "repa", "--model", "SiT-Ti/2", "--num", 3, "--steps", 4, "--out", tmp_path / "out")
     noise = ImageNoise(0, range(3), (3, 8, 8))
-    x = noise()
-    expected = to_uint8(sample_ode(model, Flow(), x, noise.choice(range(10)), 4)).numpy()
-    assert_same_images(images(tmp_path / "out"), (expected, images(tmp_path / "out")[1]))
+    x, y = noise(), noise.choice(range(10))
+    assert_same_images(images(tmp_path / "out"), (to_uint8(sample_ode(model, Flow(), x, y, 4)).numpy(), y.numpy()))
 
 
 def test_latent_checkpoint_is_refused_without_latents_flag_and_stored_with_it(tmp_path, capfd):
@@ -165,6 +164,9 @@ def test_refusals(trained, tmp_path, capfd):
     cases = [
         ([*good, "--guidance", "0.9"], "guidance 0.9 is below 1"),
         ([*good, "--guidance", "2", "--guidance-interval", "0.7", "0.1"], "interval 0.7 .. 0.1 is empty"),
+        ([*good, "--guidance", "2", "--guidance-channels", "4"], "the model generates 3 channels"),
+        ([*good, "--guidance", "2", "--guidance-channels", "-1"], "must be at least 1"),
+        ([*good, "--png", "--latents"], "leave out --png"),
         ([*good, "--num", "0"], "--num 0: must be at least 1"),
         ([*good, "--classes", "3", "10"], "classes 0 to 9"),
         ([*good, "--solver", "rk45"], "invalid choice: 'rk45'"),
@@ -181,7 +183,11 @@ def test_refusals(trained, tmp_path, capfd):
     for flags, words in cases:
         assert words in one_line(capfd, *flags), flags
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    assert "file" in one_line(capfd, "--ckpt", trained["flow"], "--out", tmp_path / "file")
     draw(*good, "--num", 2, "--steps", 2)
+    draw(*good, "--num", 2, "--steps", 2, "--png")  # finished, but not its pictures
+    assert len(list((tmp_path / "out" / "png").iterdir())) == 2
     assert "holds samples of another run" in one_line(capfd, *good, "--num", 2, "--steps", 3)
 
 

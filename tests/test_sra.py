@@ -6,17 +6,17 @@ from conftest import recipe_tensor
 from test_models import official_state
 
 import train_sra
-from diffusion import DDPM, Flow, make_process
+from diffusion import DDPM, Flow, make_diffusion
 from train_sra import DISTANCES, SRA, alignment_blocks, alignment_weight, parse_args, teacher_time
 
 
-def method_for(golden, process, *flags):
+def method_for(golden, diffusion, *flags):
     """SRA with the golden's student, teacher and head weights."""
     config = golden.config
     names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
-    network = {k: config[k] for k in names} | {"learn_sigma": process.learned_variance}
+    network = {k: config[k] for k in names} | {"learn_sigma": diffusion.learned_variance}
     blocks = ["--student-block", str(config["block_out_s"]), "--teacher-block", str(config["block_out_t"])]
-    method = SRA(parse_args([*blocks, *flags]), network, process)
+    method = SRA(parse_args([*blocks, *flags]), network, diffusion)
     for network, salt in ((method.model, "salt"), (method.ema, "teacher_salt")):
         state = official_state(golden, salt)
         network.load_state_dict({k: v for k, v in state.items() if not k.startswith("ap_head.")})
@@ -162,9 +162,9 @@ NETWORK = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32
 
 def small(*flags):
     args = parse_args(list(flags))
-    process = make_process(args.diffusion)
+    diffusion = make_diffusion(args.diffusion)
     torch.manual_seed(0)
-    method = SRA(args, {**NETWORK, "learn_sigma": process.learned_variance}, process)
+    method = SRA(args, {**NETWORK, "learn_sigma": diffusion.learned_variance}, diffusion)
     for name, parameter in method.model.named_parameters():
         parameter.data.copy_(recipe_tensor("student", name, tuple(parameter.shape)))
     for name, parameter in method.ema.named_parameters():
@@ -172,9 +172,9 @@ def small(*flags):
     return method
 
 
-@pytest.mark.parametrize("diffusion", ["flow", "gvp", "ddpm"])
-def test_every_trainable_parameter_has_a_gradient_and_the_teacher_none(diffusion):
-    method = small("--diffusion", diffusion)
+@pytest.mark.parametrize("kind", ["flow", "gvp", "ddpm"])
+def test_every_trainable_parameter_has_a_gradient_and_the_teacher_none(kind):
+    method = small("--diffusion", kind)
     x0, y = torch.randn(4, 3, 8, 8), torch.tensor([0, 3, 9, 1])
     method(x0, y)["loss"].backward()
     for name, parameter in method.named_parameters():
@@ -192,23 +192,23 @@ def test_teacher_stops_at_its_block():
     assert ran == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("diffusion", ["flow", "gvp", "edm", "ddpm"])
-def test_weight_zero_is_the_plain_model(diffusion):
+@pytest.mark.parametrize("kind", ["flow", "gvp", "edm", "ddpm"])
+def test_weight_zero_is_the_plain_model(kind):
     """No head, no teacher pass; the same loss and gradients as SRA's own denoising term, and as the network trained directly."""
-    plain = small("--diffusion", diffusion, "--align-weight", "0")
+    plain = small("--diffusion", kind, "--align-weight", "0")
     assert not hasattr(plain, "head")
     plain.ema.tokens_after = None  # a call would fail
-    process, torch_draws = plain.process, torch.Generator().manual_seed(1)
+    diffusion, torch_draws = plain.diffusion, torch.Generator().manual_seed(1)
     x0, noise = torch.randn(2, 4, 3, 8, 8, generator=torch_draws)
-    y, t = torch.tensor([0, 3, 9, 1]), process.draw_t(4, "cpu")
+    y, t = torch.tensor([0, 3, 9, 1]), diffusion.draw_t(4, "cpu")
     draws = {"t": t, "noise": noise, "drop": torch.tensor([0.5, 0.01, 0.5, 0.5])}
     terms = plain(x0, y, **draws)
     terms["loss"].backward()
     dropped = torch.tensor([0, 10, 9, 1])
-    direct = process.loss(plain.model(*process.net_inputs(process.add_noise(x0, noise, t), t), dropped), x0, noise, t).mean()
+    direct = diffusion.loss(plain.model(*diffusion.net_inputs(diffusion.add_noise(x0, noise, t), t), dropped), x0, noise, t).mean()
     assert torch.equal(terms["loss"], direct)
-    if diffusion != "edm":
-        full = small("--diffusion", diffusion)
+    if kind != "edm":
+        full = small("--diffusion", kind)
         assert torch.equal(full(x0, y, **draws)["denoise"], direct)
 
 
@@ -218,6 +218,11 @@ def test_edm_and_impossible_blocks_are_refused():
     for flags in (("--student-block", "5", "--teacher-block", "4"), ("--teacher-block", "7"), ("--student-block", "0")):
         with pytest.raises(ValueError, match="1 <= student <= teacher <= 6"):
             small(*flags)
+
+
+def test_impossible_decay_is_refused():
+    with pytest.raises(ValueError, match="--align-decay 5 0"):
+        small("--align-decay", "5", "0")
 
 
 def test_cosine_distances_default_to_weight_one_half():

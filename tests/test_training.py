@@ -132,6 +132,26 @@ def test_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path, capf
     assert_same(expected, checkpoint(tmp_path / "a", 6))
 
 
+def test_damaged_newest_checkpoint_falls_back_too(tmp_path, capfd):
+    """Right length, wrong bytes in the middle: the checksums of the archive tell."""
+    train(tmp_path, "--steps", "4", "--save-every", "2")
+    newest = tmp_path / "checkpoints" / "0000004.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 1000] = bytes(1000)
+    newest.write_bytes(content)
+    capfd.readouterr()
+    train(tmp_path, "--steps", "4", "--save-every", "2")
+    assert "0000004.pt cannot be read" in capfd.readouterr().err
+
+
+def test_log_with_an_unfinished_line_is_no_obstacle(tmp_path):
+    train(tmp_path, "--steps", "2", "--log-every", "1")
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')
+    train(tmp_path, "--steps", "4", "--log-every", "1")
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_checkpoint_is_plain_and_complete(tmp_path):
     train(tmp_path, "--steps", "2")
     saved = checkpoint(tmp_path, 2)  # weights_only=True: nothing but tensors and plain values
@@ -151,7 +171,7 @@ def test_ema_follows_its_recursion(tmp_path):
 
     train(tmp_path, "--steps", "4", method=Recorded)
     torch.manual_seed(0)
-    start = SRA(parse_args(TINY), checkpoint(tmp_path, 4)["args"]["network"], train_sra.make_process("flow")).model
+    start = SRA(parse_args(TINY), checkpoint(tmp_path, 4)["args"]["network"], train_sra.make_diffusion("flow")).model
     expected = {k: v.detach().double() for k, v in start.named_parameters()}
     for step, now in enumerate(weights):
         decay = min(0.9999, (1 + step) / (10 + step))
@@ -170,33 +190,33 @@ def free_port():
         return s.getsockname()[1]
 
 
-def network_of(process):
+def network_of(diffusion):
     shape = {"input_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
-    return {**shape, "learn_sigma": process.learned_variance}
+    return {**shape, "learn_sigma": diffusion.learned_variance}
 
 
-def fixed_draws(process, n=8):
+def fixed_draws(diffusion, n=8):
     generator = torch.Generator().manual_seed(3)
     x0, noise = torch.randn(2, n, 3, 16, 16, generator=generator)
-    t = torch.randint(0, 1000, (n,), generator=generator) if process.learned_variance else torch.rand(n, generator=generator)
+    t = torch.randint(0, 1000, (n,), generator=generator) if diffusion.learned_variance else torch.rand(n, generator=generator)
     draws = {"noise": noise, "t": t, "u": torch.rand(n, generator=generator), "drop": torch.rand(n, generator=generator)}
     return x0, torch.arange(n) % 10, draws
 
 
-def build(diffusion):
-    process = train_sra.make_process(diffusion)
+def build(name):
+    diffusion = train_sra.make_diffusion(name)
     torch.manual_seed(5)
-    method = SRA(parse_args(["--diffusion", diffusion, "--label-drop", "0.4"]), network_of(process), process)
+    method = SRA(parse_args(["--diffusion", name, "--label-drop", "0.4"]), network_of(diffusion), diffusion)
     for parameter in method.model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return process, method
+    return diffusion, method
 
 
-def ddp_gradients(rank, world, port, diffusion, folder):
+def ddp_gradients(rank, world, port, name, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    process, method = build(diffusion)
-    x0, y, draws = fixed_draws(process)
+    diffusion, method = build(name)
+    x0, y, draws = fixed_draws(diffusion)
     share = slice(rank * len(x0) // world, (rank + 1) * len(x0) // world)
     wrapped = torch.nn.parallel.DistributedDataParallel(method)
     loss = wrapped(x0[share], y[share], **{k: v[share] for k, v in draws.items()})["loss"]
@@ -206,26 +226,58 @@ def ddp_gradients(rank, world, port, diffusion, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("diffusion", ["flow", "ddpm"])
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path, diffusion):
-    mp.spawn(ddp_gradients, (2, free_port(), diffusion, str(tmp_path)), nprocs=2)
-    process, method = build(diffusion)
-    x0, y, draws = fixed_draws(process)
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path, name):
+    mp.spawn(ddp_gradients, (2, free_port(), name, str(tmp_path)), nprocs=2)
+    diffusion, method = build(name)
+    x0, y, draws = fixed_draws(diffusion)
     loss = method(x0, y, **draws)["loss"]
     loss.backward()
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
-    for name, parameter in method.named_parameters():
+    for key, parameter in method.named_parameters():
         if parameter.requires_grad:
-            assert parameter.grad.abs().sum() > 0, name
-            assert torch.equal(ranks[0]["gradients"][name], ranks[1]["gradients"][name]), name
+            assert parameter.grad.abs().sum() > 0, key
+            assert torch.equal(ranks[0]["gradients"][key], ranks[1]["gradients"][key]), key
             largest = parameter.grad.abs().max().item()
-            torch.testing.assert_close(ranks[0]["gradients"][name], parameter.grad, rtol=1e-5, atol=1e-5 * largest)
+            torch.testing.assert_close(ranks[0]["gradients"][key], parameter.grad, rtol=1e-5, atol=1e-5 * largest)
+
+
+class DrawsFromImages(SRA):
+    """Every draw is a function of the image it is for, so that the split over processes and micro-batches cannot matter."""
+
+    def forward(self, x0, y):
+        t = x0.flatten(1).sum(1).abs() % 1
+        return super().forward(x0, y, t=t, noise=1.3 * x0.flip(3), drop=t, u=1 - t)
+
+
+def as_rank(rank, world, port):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def train_from_images(rank, world, port, out, *flags):
+    if world > 1:
+        as_rank(rank, world, port)
+    train(out, "--steps", "2", "--log-every", "1", "--clip-grad", "0", "--batch-size", "8", *flags, method=DrawsFromImages)
+
+
+def test_the_split_of_a_batch_does_not_matter(tmp_path):
+    """The loop itself: whole batch, two micro-batches, and two processes with and without micro-batches, from equal draws."""
+    train_from_images(0, 1, 0, str(tmp_path / "whole"))
+    train_from_images(0, 1, 0, str(tmp_path / "micro"), "--micro-batch", "2")
+    mp.spawn(train_from_images, (2, free_port(), str(tmp_path / "two")), nprocs=2)
+    mp.spawn(train_from_images, (2, free_port(), str(tmp_path / "both"), "--micro-batch", "2"), nprocs=2)
+    whole = log_lines(tmp_path / "whole")
+    assert whole[0]["grad_norm"] > 0.1
+    for split in ("micro", "two", "both"):
+        for a, b in zip(whole, log_lines(tmp_path / split), strict=True):
+            assert a.keys() == b.keys()
+            assert all(abs(a[k] - b[k]) <= 1e-5 * abs(a[k]) for k in a), (split, a, b)
 
 
 def train_as_rank(rank, world, port, out, seeds):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    as_rank(rank, world, port)
 
     class Recorded(SRA):
         def after_step(self, step, steps):
@@ -246,13 +298,13 @@ def test_torchrun_resumes_bitwise_and_takes_sigterm(tmp_path):
     """Two processes: uninterrupted, against SIGTERM to torchrun (which passes it on) and the same command again."""
     flags = [ROOT / "train_sra.py", *TINY, "--steps", "60", "--save-every", "0", "--out"]
     run(*flags, tmp_path / "a", processes=2)
-    process = subprocess.Popen(command(*flags, tmp_path / "b", processes=2), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    agent = subprocess.Popen(command(*flags, tmp_path / "b", processes=2), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     log = tmp_path / "b" / "log.jsonl"
     while not (log.exists() and '"step": 3' in log.read_text()) and time.time() < deadline:
         time.sleep(0.02)
-    process.terminate()
-    out, _ = process.communicate(timeout=120)
+    agent.terminate()
+    out, _ = agent.communicate(timeout=120)
     steps = sorted(int(p.stem) for p in (tmp_path / "b" / "checkpoints").glob("*.pt"))
     assert len(steps) == 1 and 3 <= steps[0] < 60, (steps, out)
     assert "the same command goes on from here" in out
@@ -275,14 +327,14 @@ def test_two_nodes_meet_on_localhost(tmp_path):
 
 def test_sigterm_to_plain_python_saves_and_exits_cleanly(tmp_path):
     words = command(ROOT / "train_sra.py", *TINY, "--steps", "100000", "--workers", "1", "--out", tmp_path)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    agent = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     log = tmp_path / "log.jsonl"
     while not (log.exists() and '"step": 3' in log.read_text()) and time.time() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in err, err
+    agent.send_signal(signal.SIGTERM)
+    out, err = agent.communicate(timeout=60)
+    assert agent.returncode == 0 and "Traceback" not in err, err
     step = int(max((tmp_path / "checkpoints").glob("*.pt")).stem)
     assert f"step {step} of 100000" in out and "goes on from here" in out and checkpoint(tmp_path, step)["step"] == step
 
@@ -404,6 +456,7 @@ def test_bad_flags(tmp_path, capfd):
         (["--diffusion", "vp"], "invalid choice: 'vp'"),
         (["--diffusion", "edm"], "only --align-weight 0"),
         (["--student-block", "9"], "1 <= student <= teacher <= 6"),
+        (["--align-decay", "0", "0"], "TENFOLD 1 or more"),
         (["--batch-size", "30000"], "20000 images, fewer than --batch-size 30000"),
         (["--data", str(tmp_path / "nowhere")], "no such folder"),
     ]
@@ -419,6 +472,11 @@ def test_bad_data(tmp_path, capfd):
     assert "no images found" in one_line(capfd, tmp_path / "out", "--data", str(tmp_path / "images"))
     assert "one class folder, bee" in one_line(capfd, tmp_path / "out", "--data", str(flat))
     train(tmp_path / "single", "--data", str(flat), "--label-drop", "0", "--steps", "1")
+    deep = make_folder(tmp_path / "deep")
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(deep / "ant" / "0.png")
+    assert "more than 8 bits" in one_line(capfd, tmp_path / "out", "--data", str(deep))
+    (tmp_path / "file").write_text("")
+    assert "file" in one_line(capfd, tmp_path / "file")
     corrupt = make_folder(tmp_path / "corrupt")
     (corrupt / "bee" / "2.png").write_bytes(b"not an image")
     assert str(corrupt / "bee" / "2.png") in one_line(capfd, tmp_path / "out", "--data", str(corrupt))
@@ -438,6 +496,8 @@ def test_resuming_with_other_flags(tmp_path, capfd):
     assert "--model DiT-S/8 (it has DiT-Ti/8)" in one_line(capfd, tmp_path, "--model", "DiT-S/8")
     assert "--diffusion gvp (it has flow)" in one_line(capfd, tmp_path, "--diffusion", "gvp")
     assert "--align-weight 0.0 (it has None)" in one_line(capfd, tmp_path, "--align-weight", "0")
+    folder = make_folder(tmp_path / "data")
+    assert "other classes" in one_line(capfd, tmp_path, "--data", str(folder))
     saved = checkpoint(tmp_path, 2)
     saved["args"]["script"] = "train_mdt.py"
     torch.save(saved, tmp_path / "checkpoints" / "0000002.pt")
@@ -445,9 +505,10 @@ def test_resuming_with_other_flags(tmp_path, capfd):
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"")
     capfd.readouterr()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         train(tmp_path, "--steps", "2")
-    assert "no checkpoint in" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and "train_sra.py: error: no checkpoint in" in err and "Traceback" not in err
 
 
 def test_resuming_with_a_harmless_change_says_so(tmp_path, capfd):
