@@ -1,16 +1,18 @@
 """Training throughput, side by side in one run: vanilla against each method, beside the bound that counting operations gives.
 
     python tests/benchmark.py                      sizes for the machine: Ti/4 and S/4 pixels on CPU; B/2 and XL/2 latents-shaped on CUDA
-    python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile
+    python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile on
 
-For each row: images/s (median step), the ratio to vanilla, the bound on that ratio from multiply-adds (a teacher pass costs one forward of
-the blocks it runs, training three), peak memory, and the share of a step outside the network's forward and backward: reading the images,
-clipping, AdamW, EMA. On CUDA also MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy
-machine disturbs all alike; only ratios within one run mean something.
+For each row: images/s (median step), the ratio to vanilla without compile, the bound on the ratio to vanilla from multiply-adds (a teacher
+pass costs one forward of the blocks it runs, training three), peak memory, and the share of a step outside the network's forward and
+backward: reading the images (in this process; the training scripts read ahead in others with --workers), clipping, AdamW, EMA. On CUDA also
+MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy machine disturbs all alike; only
+ratios within one run mean something.
 """
 
 import argparse
 import gc
+import multiprocessing
 import resource
 import sys
 import time
@@ -31,7 +33,7 @@ def block_macs(model, tokens):
     return 12 * tokens * D**2 + 2 * tokens**2 * D + 6 * D**2
 
 
-def macs(args, network):
+def macs(network):
     """Multiply-adds of one training step for one image: {"vanilla", "sra"}; backward costs two forwards."""
     model, p = network, network["patch_size"]
     tokens, D = (network["input_size"] // p) ** 2, model["hidden_size"]
@@ -44,16 +46,16 @@ def macs(args, network):
 
 
 class Row:
-    """One method at one size: a training step as in the scaffold, timed in parts."""
+    """One method at one size: the arithmetic of a training step of the scaffold, timed in parts; no loader, log or progress bar."""
 
-    def __init__(self, name, flags, network, diffusion, args, device):
-        self.name, self.device, self.times, self.outside = name, device, [], []
+    def __init__(self, name, flags, network, diffusion, compiled, args, device):
+        self.name, self.compiled, self.device, self.times, self.outside = name, compiled, device, [], []
         torch.manual_seed(0)
         self.method = train_sra.SRA(train_sra.parse_args(flags), network, diffusion).to(device)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
         self.trained, self.averaged = list(self.method.model.parameters()), list(self.method.ema.parameters())
-        if args.compile:
+        if compiled:
             for module in self.method.modules():
                 if isinstance(module, Block):
                     module.compile()
@@ -108,31 +110,17 @@ def matmul_rate(device):
     return 10 * 8192**3 / (time.perf_counter() - start)
 
 
-def training_memory(name, flags, network, diffusion, args, device):
-    """Peak memory of a few steps on their own, in GiB: of the GPU, or what the process grew by on a CPU (run in a child)."""
-    import multiprocessing
-
-    if device.type == "cuda":
+def peak_memory(*row):
+    """Peak memory of three steps on their own, in GiB: of the GPU, or on a CPU what the process grew by (call it in a fresh process)."""
+    cuda, before = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-        row = Row(name, flags, network, diffusion, args, device)
-        for k in range(3):
-            row.step(k)
-        return torch.cuda.max_memory_allocated() / 2**30
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    child = context.Process(target=child_memory, args=(queue, name, flags, network, diffusion, args, device))
-    child.start()
-    grown = queue.get()
-    child.join()
-    return grown
-
-
-def child_memory(queue, *row):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     row = Row(*row)
     for k in range(3):
         row.step(k)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**30
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
 def main():
@@ -142,31 +130,40 @@ def main():
     parser.add_argument("--diffusion", default="flow")
     parser.add_argument("--batch-size", type=int, default=128 if cuda else 16)
     parser.add_argument("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
     args = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     torch.set_float32_matmul_precision("high")
     diffusion = make_diffusion(args.diffusion)
     peak = matmul_rate(device) if cuda else None
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}")
+    print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}", flush=True)
     if cuda:
         print(f"bf16 matrix product: {2 * peak / 1e12:.0f} TFLOP/s")
-    print(f"{'model':10} {'method':8} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}" + "    MFU" * cuda)
+    columns = f"{'model':10} {'method':8} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}"
+    print(columns + "    MFU" * cuda)
     for model in args.models:
         shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
         network = {**shape, **parse_model(model), "learn_sigma": diffusion.learned_variance}
-        chosen = {"vanilla": ["--align-weight", "0"], "sra": []}
-        chosen = {name: [*flags, "--diffusion", args.diffusion] for name, flags in chosen.items()}
-        memory = {name: training_memory(name, flags, network, diffusion, args, device) for name, flags in chosen.items()}
-        rows = [Row(name, flags, network, diffusion, args, device) for name, flags in chosen.items()]
+        settings = [
+            (name, [*flags, "--diffusion", args.diffusion], network, diffusion, compiled, args, device)
+            for compiled in {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
+            for name, flags in (("vanilla", ["--align-weight", "0"]), ("sra", []))
+        ]
+        if cuda:
+            memory = [peak_memory(*s) for s in settings]
+        else:
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+                memory = [pool.apply(peak_memory, s) for s in settings]
+        rows = [Row(*s) for s in settings]
         for k in range(3 + args.steps):  # three to warm up
             for row in rows:
                 row.step(k)
-        cost, rates = macs(args, network), {row.name: args.batch_size / median(row.times[3:]) for row in rows}
-        for row in rows:
-            rate, bound = rates[row.name], cost["vanilla"] / cost[row.name]
-            line = f"{model:10} {row.name:8} {rate:9.1f} {rate / rates['vanilla']:6.3f} {bound:6.3f} {memory[row.name]:6.2f} GiB"
+        cost, first = macs(network), args.batch_size / median(rows[0].times[3:])
+        for row, peak_gib in zip(rows, memory):
+            rate, bound = args.batch_size / median(row.times[3:]), cost["vanilla"] / cost[row.name]
+            line = f"{model:10} {row.name:8} {'on' if row.compiled else 'off':>7} {rate:9.1f} {rate / first:6.3f} {bound:6.3f}"
+            line += f" {peak_gib:6.2f} GiB"
             line += f" {100 * median(row.outside[3:]):7.1f}%" + (f" {100 * cost[row.name] * rate / peak:5.1f}%" if cuda else "")
             print(line, flush=True)
         del rows, row

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: several share a few cores
 
 CORE = {case["case"]: case for case in json.loads((GOLDENS / "manifest_core.json").read_text())}
 EVAL = {case["case"]: case for case in json.loads((GOLDENS / "manifest_eval.json").read_text())}
