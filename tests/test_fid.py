@@ -10,6 +10,7 @@ import urllib.error
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from conftest import EVAL, GOLDENS, ROOT, recipe_draw, recipe_tensor
 from PIL import Image
@@ -142,6 +143,15 @@ def test_frechet_distance_matches_reference(index):
         if FRECHET[index]["name"] == pair:
             np.testing.assert_allclose(stats[0], arrays[f"mu_{name}"], rtol=1e-6, atol=1e-6)
             np.testing.assert_allclose(stats[1][:8, :8], arrays[f"sigma_{name}_slice"], rtol=1e-6, atol=1e-6)
+
+
+def test_frechet_distance_against_the_matrix_square_root():
+    """The formula as printed, tr sqrt(S1 S2) by scipy's sqrtm, on full-rank covariances."""
+    rng = np.random.default_rng(0)
+    mu1, mu2 = rng.standard_normal((2, 40))
+    sigma1, sigma2 = (np.cov(rng.standard_normal((40, 200)) * rng.uniform(0.5, 2, (40, 1))) for _ in range(2))
+    literal = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
+    assert math.isclose(fid.frechet_distance(mu1, sigma1, mu2, sigma2), literal, rel_tol=1e-9)
 
 
 def test_frechet_distance_closed_forms():
