@@ -1,4 +1,4 @@
-"""The networks that are sampled from: the DiT/SiT backbone, its named sizes, and the loading of official checkpoints.
+"""The networks that are sampled from: the DiT/SiT backbone, its masked form, named sizes, and the loading of official checkpoints.
 
 DiT (Peebles & Xie 2023, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740) are one backbone: "SiT-XL/2" is DiT-XL/2 trained under
 `--diffusion flow`. State-dict keys are those of the official code. Conventions stand at the top of diffusion.py. Blocks are numbered from
@@ -118,13 +118,13 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero: DiT section 3.2."""
+    """Transformer block with adaLN-Zero: DiT section 3.2. The conditioning has cond_size channels, by default hidden_size."""
 
-    def __init__(self, hidden_size, num_heads, qk_norm=False):
+    def __init__(self, hidden_size, num_heads, qk_norm=False, cond_size=None):
         super().__init__()
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_size or hidden_size, 6 * hidden_size))
 
     def forward(self, x, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)  # each (N, D)
@@ -133,14 +133,16 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, hidden_size, out_size):
+    """adaLN and a linear layer, both zero at first; also MaskDiT's bridge from encoder to decoder."""
+
+    def __init__(self, hidden_size, out_size, cond_size=None):
         super().__init__()
         self.linear = nn.Linear(hidden_size, out_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_size or hidden_size, 2 * hidden_size))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
-        return self.linear(modulate(x, shift, scale))  # (N, T, p * p * C_out)
+        return self.linear(modulate(x, shift, scale))  # (N, T, out_size)
 
 
 class DiT(nn.Module):
@@ -181,7 +183,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, (Block, FinalLayer)):
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+            if isinstance(module, FinalLayer):
+                nn.init.zeros_(module.linear.weight)
 
     def embed(self, x):
         """Images (N, C, H, W) -> tokens (N, T, D) with positions: the stream "after block 0"."""
@@ -218,9 +221,55 @@ class DiT(nn.Module):
         return x
 
 
+class MaskedDiT(DiT):
+    """MaskDiT's network (arXiv 2306.09305): the DiT blocks as an encoder of the kept tokens, and a light decoder of all tokens.
+
+    decoder: (depth, hidden size, heads); 8 x 512 x 16 for every size of encoder in the official models/maskdit.py. Its blocks share the
+    encoder's conditioning. The bridge between the two starts at zero, so that the decoder first sees positions alone.
+    """
+
+    def __init__(self, decoder=(8, 512, 16), **network):
+        super().__init__(**network)
+        self.config = {**network, "decoder": list(decoder)}
+        depth, width, heads = decoder
+        hidden_size, side = network["hidden_size"], network["input_size"] // network["patch_size"]
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("decoder_pos_embed", position_embedding(width, side))
+        self.decoder_layer = FinalLayer(hidden_size, width)
+        self.decoder_blocks = nn.ModuleList(Block(width, heads, cond_size=hidden_size) for _ in range(depth))
+        self.final_layer = FinalLayer(width, self.patch_size**2 * self.out_channels, cond_size=hidden_size)
+        self.init_weights()
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, x, t, y, ids_keep=None, features=()):
+        """x (N, C, H, W), t (N,), y (N,) -> out (N, C_out, H, W), or (out, {k: encoder tokens}) as in DiT.
+
+        ids_keep (N, K) int64: the tokens of each image that the encoder sees; the decoder gets the mask token in place of the others.
+        """
+        c = self.condition(t, y)
+        tokens = self.embed(x)
+        everything = tokens.shape[1]
+        if ids_keep is not None:
+            tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))  # (N, K, D)
+        kept = {0: tokens}
+        for k, block in enumerate(self.blocks, 1):
+            tokens = block(tokens, c)
+            if k in features:
+                kept[k] = tokens
+        tokens = self.decoder_layer(tokens, c)  # (N, K, width)
+        if ids_keep is not None:
+            hidden = self.mask_token.to(tokens.dtype).expand(len(x), everything, -1)
+            tokens = hidden.scatter(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]), tokens)  # (N, T, width)
+        tokens = tokens + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            tokens = block(tokens, c)
+        out = self.unpatchify(self.final_layer(tokens, c))
+        return (out, {k: kept[k] for k in features}) if features else out
+
+
 def build_model(config):
-    """The network a checkpoint describes: `config` of a DiT -> a new DiT."""
-    return DiT(**config)
+    """The network a checkpoint describes: its `config` -> a new one."""
+    return MaskedDiT(**config) if "decoder" in config else DiT(**config)
 
 
 def frozen_copy(model):
@@ -309,7 +358,7 @@ def on_rank_0(work):
 
 # Official checkpoints -------------------------------------------------------------------------------------------------------------------
 
-SOURCES = ("dit", "sit", "repa", "sra")
+SOURCES = ("dit", "sit", "repa", "sra", "maskdit")
 TRAINING_HEADS = ("ap_head.", "projectors.")  # SRA's and REPA's heads, unused in sampling
 
 
@@ -330,7 +379,7 @@ def reverse_time(state):
 def load_official(path, source, num_heads, weights="ema"):
     """Read a checkpoint of the official code: returns (DiT, notes), where notes says in sentences what was converted or left out.
 
-    source: "dit" (also SRA's DiT), "sit" (original SiT), "repa" or "sra" (SiT with time from data to noise).
+    source: "dit" (also SRA's DiT), "sit" (original SiT), "repa" or "sra" (SiT with time from data to noise), "maskdit".
     weights: which entry to take of a training checkpoint, "ema" or "model"; a bare state dict is taken as it is.
     The architecture is read from the tensors; the number of heads cannot be, hence num_heads.
     Raises ValueError, one line, for an unreadable file and for missing or unexpected keys, all named.
@@ -350,14 +399,15 @@ def load_official(path, source, num_heads, weights="ema"):
             raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, state))}")
         state = state[weights]
         notes.append(f"took the {weights!r} weights of a training checkpoint")
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    state = {name.removeprefix("module.").removeprefix("model."): tensor for name, tensor in state.items()}
     heads = [name for name in state if name.startswith(TRAINING_HEADS)]
     for name in heads:
         del state[name]
     if heads:
         notes.append(f"left out {len(heads)} tensors of training-only heads ({', '.join(sorted({n.split('.')[0] for n in heads}))})")
     layers = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "final_layer.linear.bias")
-    missing = [name for name in ("pos_embed", *layers, "t_embedder.mlp.0.weight") if name not in state]
+    layers += ("pos_embed", "t_embedder.mlp.0.weight", *(("mask_token",) if source == "maskdit" else ()))
+    missing = [name for name in layers if name not in state]
     if missing:
         raise ValueError(f"{path} is not a DiT or SiT checkpoint: missing {', '.join(missing)}")
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
@@ -371,7 +421,14 @@ def load_official(path, source, num_heads, weights="ema"):
     if source == "sit":
         reverse_time(state)
         notes.append("reversed time: t -> 1 - t, v -> -v")
-    model = DiT(
+    masked = {}
+    if source == "maskdit":
+        rows = state["y_embedder.embedding_table.weight"].T  # a linear layer of one-hot labels: (hidden, classes)
+        state["y_embedder.embedding_table.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
+        notes.append("null label: the official all-zero label became a zero row of the label table")
+        masked["decoder"] = (len({n.split(".")[1] for n in state if n.startswith("decoder_blocks.")}), state["mask_token"].shape[2], 16)
+    model = (MaskedDiT if masked else DiT)(
+        **masked,
         input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         patch_size=patch_size,
         in_channels=in_channels,

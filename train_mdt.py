@@ -1,0 +1,499 @@
+"""MaskDiT: Fast Training of Diffusion Models with Masked Transformers (Zheng et al., TMLR 2024, arXiv 2306.09305).
+
+Half of the patches are dropped before the encoder, which makes it cheaper; a light decoder on all tokens denoises the visible patches and
+reconstructs the hidden ones. A short phase without masking ends the training. Denoiser D and noise levels are EDM's.
+
+    x     = x_0 + sigma eps,   ln sigma ~ N(-1.2, 1.2),   D = c_skip x + c_out F(c_in x; ln(sigma) / 4, y)
+    L_dsm = mean over visible patches of  w(sigma) (D - x_0)^2             w(sigma) c_out^2 = 1
+    T_i   = (x_i - mean x_i) / sqrt(var x_i + 1e-6)                        each patch of the noisy input, unbiased variance
+    L_mae = mean over hidden patches of (D_i - T_i)^2
+    L     = mean over images of  L_dsm + 0.1 L_mae
+
+Commands; running one again resumes it from its newest checkpoint
+    python train_mdt.py --image-size 16 --model DiT-Ti/2 --steps 1000 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup      toy, CPU
+    torchrun --nproc_per_node=8 train_mdt.py --data imagenet/train --image-size 256 --model DiT-XL/8 --steps 2000000           8 GPUs
+    torchrun --nproc_per_node=8 train_mdt.py --data imagenet/train --image-size 256 --model DiT-XL/8 --steps 100000 --lr 5e-5
+        --batch-size 512 --mask-ratio 0 --init-from results/train_mdt/checkpoints/2000000.pt --out results/unmasked            then tuning
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_mdt.py ...          4 nodes (512 px), on all
+`--mask-ratio 0` from the start trains the same network unmasked: the fair baseline of this script.
+
+Implementation details ("M" is models/maskdit.py of the official repository at 73cfb96)
+ 1. Positions are added before tokens are dropped; each image has its own random order, whose first int(T (1 - r)) are kept [M:88-127].
+ 2. Decoder of 8 blocks, width 512, 16 heads at every size [M:309-322]. For Ti that would be nearly all of the network: 2 x 128 x 4 there.
+ 3. Bridge: LayerNorm, adaLN, linear, both zero at first; then the mask token, then the decoder's own positions [M:195-213, 538-545].
+ 4. The reconstruction's target is the noisy input (not x_0), its prediction D, not F; weight 0.1 [train_utils/loss.py:52, 91-94].
+ 5. Sampling drops nothing. Guidance on all channels; the released numbers have scale 1.5, EDM's Heun with 40 steps, no interval.
+ 6. Batch 1024, AdamW 1e-4, no gradient clipping, EMA 0.9999 without warm-up are the defaults here. Tuning: batch 512, lr 5e-5 [configs].
+ 7. Mask ratio over the run: `--mask-schedule` constant, linear r (1 - x), or cosineK, r cos^K(pi x / 2), with x = step / steps
+    [train_utils/helper.py:9-27]. `--mask-schedule cosine4 --mask-ratio 0.5` is the official second kind of tuning.
+ 8. With no token left to hide, the loss is plain EDM's. The official cosine run divides 0 by 0 in its last steps and saves NaN.
+
+Differences from the official code
+ 1. Its rewrite of 2024 lost shuffling, and all its ranks draw the same noise, masks and sigmas; ours do neither.
+ 2. The null label is a row of the label table, not an all-zero vector; loading official weights makes that row zero. 3. bf16, not fp16.
+ 4. No VAE latents yet: images are pixels, so the patch has to grow with the resolution (the paper: latents, patch 2).
+ 5. Resuming goes on with the schedule of the mask ratio; the official code starts it again.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
+from models import Block, image_grid, load_checkpoint, newest_checkpoint, on_rank_0, parse_model, to_uint8, write_atomically
+
+# --- method: MaskDiT --------------------------------------------------------------------------------------------------------------------
+
+import torch.nn.functional as F
+
+from models import MaskedDiT, frozen_copy, load_official
+
+DEFAULTS = {"diffusion": "edm", "batch_size": 1024, "clip_grad": 0.0, "ema_warmup": False}
+
+
+def method_arguments(parser):
+    add = parser.add_argument_group("MaskDiT").add_argument
+    add("--mask-ratio", type=float, default=0.5, help="share of the tokens that is hidden, below 1; 0: no masking")
+    add("--mask-schedule", default="constant", help="constant, linear, or cosineK, e.g. cosine4")
+    add("--mae-weight", type=float, default=0.1, help="weight of the reconstruction of hidden patches")
+    add("--decoder", type=int, nargs=3, metavar=("DEPTH", "WIDTH", "HEADS"), help="default 8 512 16; 2 128 4 for Ti")
+    add("--init-from", help="start from the weights and EMA of this checkpoint (ours, or official MaskDiT) with a fresh optimizer")
+
+
+def mask_ratio_at(step, steps, ratio, schedule):
+    """Mask ratio at a 0-based step: train_utils/helper.py:9-27. Raises ValueError for an unknown schedule."""
+    x = min(step / steps, 1.0)
+    if schedule == "constant":
+        return ratio
+    if schedule == "linear":
+        return ratio * (1 - x)
+    if schedule.startswith("cosine") and schedule[6:].isdigit():
+        return ratio * math.cos(math.pi * x / 2) ** int(schedule[6:])
+    raise ValueError(f"unknown --mask-schedule {schedule!r}: choose constant, linear, or cosineK with a whole number K")
+
+
+def patchify(x, p):
+    """(N, C, H, W) -> (N, T, p * p * C), patches row by row."""
+    return F.unfold(x, p, stride=p).transpose(1, 2)
+
+
+def visible_loss(loss, hidden, p):
+    """L_dsm per image (N,): per-element loss (N, C, H, W) averaged over the patches with hidden (N, T) == 0."""
+    return (patchify(loss, p).mean(2) * (1 - hidden)).sum(1) / (1 - hidden).sum(1)
+
+
+def reconstruction_loss(denoised, x_t, hidden, p):
+    """L_mae per image (N,): denoised output against the noisy input normalised per patch, over the patches with hidden (N, T) == 1."""
+    patches = patchify(x_t, p)
+    target = (patches - patches.mean(2, keepdim=True)) * (patches.var(2, keepdim=True) + 1e-6).rsqrt()
+    return ((patchify(denoised, p) - target).square().mean(2) * hidden).sum(1) / hidden.sum(1)
+
+
+class MaskDiT(nn.Module):
+    """`model` is trained, `ema` averages it and is sampled. The loop sets `step`, the number of finished steps."""
+
+    def __init__(self, args, network, diffusion):
+        super().__init__()
+        if args.diffusion == "ddpm":
+            raise ValueError("MaskDiT is defined for --diffusion edm (and flow, gvp), not ddpm")
+        if args.mask_ratio >= 1:
+            raise ValueError(f"--mask-ratio {args.mask_ratio}: must be below 1")
+        mask_ratio_at(0, 1, args.mask_ratio, args.mask_schedule)
+        self.diffusion, self.step, self.steps = diffusion, 0, args.steps
+        self.mask_ratio, self.schedule, self.weight = args.mask_ratio, args.mask_schedule, args.mae_weight
+        self.label_drop, self.null_label = args.label_drop, network["num_classes"]
+        decoder = args.decoder or ((2, 128, 4) if network["hidden_size"] == 128 else (8, 512, 16))
+        self.model = MaskedDiT(decoder=decoder, **network)
+        self.ema = frozen_copy(self.model)
+        if args.init_from:
+            self.start_from(args.init_from, network["num_heads"])
+
+    def start_from(self, path, num_heads):
+        """Weights and EMA of a checkpoint of this script, or of the official code. Raises ValueError with one line."""
+        try:
+            saved = load_checkpoint(Path(path))
+        except ValueError:
+            saved = {part: load_official(path, "maskdit", num_heads, part)[0].state_dict() for part in ("model", "ema")}
+        for part in ("model", "ema"):
+            mine = getattr(self, part)
+            wrong = [k for k, v in mine.state_dict().items() if k not in saved[part] or saved[part][k].shape != v.shape]
+            if wrong or len(saved[part]) != len(mine.state_dict()):
+                raise ValueError(f"--init-from {path} holds another network: {', '.join(wrong[:3]) or 'it has more layers'}")
+            mine.load_state_dict(saved[part])
+
+    def forward(self, x0, y, t=None, noise=None, drop=None, mask=None):
+        """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop (N,), mask (N, T) from U(0, 1).
+
+        The int(T (1 - ratio)) tokens with the smallest mask draws are kept.
+        """
+        n, p = len(x0), self.model.patch_size
+        tokens = (x0.shape[2] // p) ** 2
+        t = self.diffusion.draw_t(n, x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        drop = torch.rand(n, device=x0.device) if drop is None else drop
+        mask = torch.rand(n, tokens, device=x0.device) if mask is None else mask
+        y = torch.where(drop < self.label_drop, self.null_label, y)
+        x_t = self.diffusion.add_noise(x0, noise, t)
+        ratio = mask_ratio_at(self.step, self.steps, self.mask_ratio, self.schedule)
+        keep = int(tokens * (1 - ratio))
+        if keep == tokens:
+            out = self.model(*self.diffusion.net_inputs(x_t, t), y)
+            denoise = self.diffusion.loss(out, x0, noise, t).mean()
+            unused = 0 * self.model.mask_token.sum()  # DDP wants a gradient of every parameter
+            return {"loss": denoise + unused, "denoise": denoise, "mae": torch.zeros_like(denoise)}
+        ids_keep = mask.argsort(1)[:, : max(1, keep)]
+        hidden = torch.ones_like(mask).scatter(1, ids_keep, 0.0)
+        out = self.model(*self.diffusion.net_inputs(x_t, t), y, ids_keep).float()
+        denoise = visible_loss(self.diffusion.loss(out, x0, noise, t), hidden, p).mean()
+        mae = reconstruction_loss(self.diffusion.denoise(out, x_t, t), x_t, hidden, p).mean()
+        return {"loss": denoise + self.weight * mae, "denoise": denoise, "mae": mae}
+
+    def after_step(self, step, steps):
+        """Nothing to update."""
+
+
+# --- end method -------------------------------------------------------------------------------------------------------------------------
+
+# The rest is the same in every training script: arguments, data, checkpoints, loop.
+
+SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each part, turn in degrees, size of the hole
+    "red circle": ((220, 40, 40), 64, [(1, 1)], 0, 0),
+    "green square": ((40, 170, 60), 4, [(1, 1)], 0, 0),
+    "blue triangle": ((40, 70, 220), 3, [(1, 1)], 0, 0),
+    "yellow bar": ((235, 195, 20), 4, [(1.2, 0.4)], 0, 0),
+    "purple pillar": ((140, 50, 180), 4, [(0.4, 1.2)], 0, 0),
+    "cyan ring": ((20, 180, 200), 64, [(1, 1)], 0, 0.55),
+    "orange cross": ((240, 130, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 0, 0),
+    "pink diamond": ((240, 90, 170), 4, [(1, 1)], 45, 0),
+    "brown frame": ((130, 80, 40), 4, [(1, 1)], 0, 0.55),
+    "black saltire": ((20, 20, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 45, 0),
+}
+
+
+def fail(message, every_rank=False):
+    """A user error: one line on stderr, exit code 2. What every rank sees, the first of each machine prints; the others wait for it."""
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, add, switch = fail, parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
+    add("--data", default="shapes", help="'shapes' (built in) or a folder of class folders of images")
+    add("--image-size", type=int, default=32, help="side in pixels; images are cropped as in ADM")
+    add("--flip", action=switch, default=True, help="mirror half of the images")
+    add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder of log.jsonl, samples/, checkpoints/")
+    add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
+    add("--diffusion", choices=DIFFUSIONS, default="flow")
+    add("--qk-norm", action=switch, default=False)
+    add("--steps", type=int, default=400_000)
+    add("--batch-size", type=int, default=256, help="global: over all processes and accumulated micro-batches")
+    add("--micro-batch", type=int, help="images per process and forward (default: all of the process's share)")
+    add("--lr", type=float, default=1e-4)
+    add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
+    add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
+    add("--ema-decay", type=float, default=0.9999)
+    add("--ema-warmup", action=switch, default=True, help="decay min(ema-decay, (1 + s) / (10 + s)) at step s")
+    add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
+    add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, fp32 on CPU)")
+    add("--compile", action=switch, default=False, help="torch.compile every transformer block")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, help="data-loading processes per rank (default: 8 on CUDA, 0 on CPU)")
+    add("--log-every", type=int, default=50)
+    add("--sample-every", type=int, default=10_000, help="steps between sample grids; 0: only at the end")
+    add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: only at the end")
+    method_arguments(parser)
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args(argv)
+    least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value <= (1 if name in ("ema_decay", "label_drop") else math.inf):
+            fail(f"--{name.replace('_', '-')} {value} is out of range")
+    return args
+
+
+def draw_shape(index, size):
+    """Image `index` of the built-in data, class index % 10: place, size, tilt and the grey behind it depend on the index alone."""
+    rng = np.random.default_rng(index)
+    colour, corners, parts, turn, hole = list(SHAPES.values())[index % len(SHAPES)]
+    centre, radius, grey = rng.uniform(0.46, 0.54, 2), rng.uniform(0.34, 0.42), (int(rng.integers(200, 245)),) * 3
+    tilt = np.radians(turn + rng.uniform(-5, 5))
+    image = Image.new("RGB", (4 * size, 4 * size), grey)
+    for (width, height), fill in [(part, colour) for part in parts] + [((hole, hole), grey)] * (hole > 0):
+        angles = 2 * np.pi * np.arange(corners) / corners + (np.pi / 4 if corners == 4 else 0)
+        x, y = width * np.sin(angles), -height * np.cos(angles)
+        points = np.stack([x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)], 1)
+        ImageDraw.Draw(image).polygon(list(map(tuple, 4 * size * (centre + radius * points))), fill=fill)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def center_crop(image, size):
+    """ADM's crop: halve with a box filter while the short side stays >= size, bicubic to size, cut out the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+class Images(torch.utils.data.Dataset):
+    """Items by (index, flip): uint8 (3, size, size) and label, or a message naming an unreadable file. Classes in alphabetical order."""
+
+    def __init__(self, data, size, rank, world):
+        self.size, self.classes, self.files, self.length = size, list(SHAPES), None, 20_000
+        if data == "shapes":
+            return
+        if not Path(data).is_dir():
+            fail(f"--data {data}: no such folder")
+        paths = [p for p in sorted(Path(data).glob("*/**/*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
+        if not paths:
+            fail(f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)")
+        names = [p.relative_to(data).parts[0] for p in paths]
+        self.classes = sorted(set(names))
+        labels = {name: k for k, name in enumerate(self.classes)}
+        self.files, self.length = [(str(p), labels[name]) for p, name in zip(paths, names)], len(paths)
+        for path, _ in self.files[rank::world]:  # headers only: this finds most bad files before training
+            try:
+                with Image.open(path) as image:
+                    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
+                        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+            except Exception as error:
+                fail(f"cannot read image {path}: {error}", every_rank=True)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        index, flip = key
+        path, label = self.files[index] if self.files else (None, index % len(SHAPES))
+        try:
+            image = center_crop(Image.open(path).convert("RGB"), self.size) if path else draw_shape(index, self.size)
+        except Exception as error:
+            return f"cannot read image {path}: {error}"
+        pixels = np.asarray(image).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)), label
+
+
+def collate(items):
+    """Images (N, 3, H, W) and labels (N,), or the first error: messages cross process boundaries as text."""
+    return next((item for item in items if isinstance(item, str)), None) or torch.utils.data.default_collate(items)
+
+
+def read_order(length, args, rank, world, start):
+    """The [(index, flip), ...] of each micro-batch of a rank from step `start` on: a pure function of (seed, epoch), so nothing is saved,
+    and the images of a step do not depend on how they are split.
+    """
+    share, current = args.batch_size // world, None
+    for step in range(start, args.steps):
+        epoch, place = divmod(step, length // args.batch_size)
+        if epoch != current:
+            rng, current = np.random.default_rng([args.seed, epoch]), epoch
+            order, flips = rng.permutation(length), rng.random(length) < 0.5
+        first = place * args.batch_size + rank * share
+        for a in range(first, first + share, args.micro_batch):
+            chosen = slice(a, a + args.micro_batch)
+            yield list(zip(order[chosen].tolist(), (flips[chosen] & args.flip).tolist()))
+
+
+def own_process_group(worker):
+    """Ctrl-C and torchrun signal whole groups: loader processes must live until the training process has saved."""
+    os.setpgrp()
+
+
+def main(method_cls, args):
+    """Train method_cls(args, network, diffusion), an nn.Module with `model`, `ema`, forward(x0, y) -> {"loss": ..., ...}, after_step.
+
+    Every trainable parameter must get a gradient in every step (DDP). State below `frozen` is not saved.
+    """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    cuda, out = device.type == "cuda", Path(args.out)
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
+    torch.set_float32_matmul_precision("high")
+    args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
+    accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
+    if rest or not accumulate:
+        fail(f"--batch-size {args.batch_size} is not divisible by {world} processes x --micro-batch {args.micro_batch}")
+    bf16 = (args.precision or ("bf16" if cuda else "fp32")) == "bf16"
+
+    data = Images(args.data, args.image_size, rank, world)
+    if len(data.classes) < 2 and args.label_drop > 0:
+        fail(f"--data {args.data} has one class folder, {data.classes[0]}: guidance needs two or more; or use --label-drop 0")
+    if len(data) < args.batch_size:
+        fail(f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}")
+
+    diffusion = make_diffusion(args.diffusion, clip=True)
+    torch.manual_seed(args.seed)
+    try:
+        network = {"input_size": args.image_size, "in_channels": 3, "num_classes": len(data.classes), **parse_model(args.model)}
+        method = method_cls(args, {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm}, diffusion).to(device)
+    except ValueError as error:
+        fail(error)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=cuda)
+
+    if world > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
+
+    def stored_state():  # all but a frozen teacher, which its own checkpoint holds
+        return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
+
+    def find_start():
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return newest_checkpoint(out / "checkpoints")
+
+    try:
+        path = on_rank_0(find_start)
+        saved = load_checkpoint(path, checked=True) if path else None
+    except ValueError as error:
+        fail(error)
+    step, rows = 0, []
+    if saved:
+        was = {k: saved["args"].get(k) for k in description if saved["args"].get(k) != description[k] and k not in ("out", "workers")}
+        changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", "classes")]
+        changed += ["other classes"] * ("classes" in was)
+        state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
+        if "script" in was:
+            fail(f"{path} is a checkpoint of {was['script']}: give this run another --out")
+        if {"classes", "network", "diffusion"} & set(was) or set(state) != set(stored_state()):
+            fail(f"{path} does not fit {', '.join(changed)}: use the flags it was made with, or another --out")
+        if changed and rank == 0:
+            print(f"resuming with {', '.join(changed)}", flush=True)
+        method.load_state_dict(state, strict=False)  # strict above
+        optimizer.load_state_dict(saved["optimizer"])
+        step, rows = saved["step"], saved["log"].tolist()
+        del saved, state
+    wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing for DDP to split
+        for module in method.modules():
+            if isinstance(module, Block):
+                module.compile()
+
+    def save():
+        own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
+        content = {"model": method.model.state_dict(), "ema": method.ema.state_dict(), "method": own, "optimizer": optimizer.state_dict()}
+        content |= {"step": step, "args": description, "log": torch.tensor(rows, dtype=torch.float64)}
+        write_atomically(out / "checkpoints" / f"{step:07d}.pt", lambda file: torch.save(content, file))
+
+    def draw_samples(lines=4):  # one column a class, at most ten
+        labels = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist() * lines
+        noise = ImageNoise(args.seed, range(len(labels)), (3, args.image_size, args.image_size), device)()
+        images = sample_ode(method.ema, diffusion, noise, torch.tensor(labels, device=device), 50, "euler")
+        grid = image_grid(to_uint8(images), len(labels) // lines)
+        write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
+
+    stop = torch.zeros(1)  # becomes 1 on SIGTERM, which schedulers may repeat, and on Ctrl-C, whose second one ends the process at once
+    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
+    signal.signal(signal.SIGINT, lambda *_: (stop.fill_(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    workers, order = (8 if cuda else 0) if args.workers is None else args.workers, read_order(len(data), args, rank, world, step)
+    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": own_process_group}
+    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
+    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if rank == 0:
+        hardware = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        start = {"start": step, "command": sys.argv, "torch": torch.__version__, "processes": world, "hardware": hardware, **description}
+        lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").exists() else []
+        lines = [line for line in lines if json.loads(line).get("step", 0) <= step]  # a killed run may have logged further
+        text = "".join(f"{line}\n" for line in [*lines, json.dumps(start)])
+        write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
+        bar.write(f"batch {args.batch_size} = {world} processes x {accumulate} micro-batches x {args.micro_batch}; {len(data)} images; "
+                  f"{sum(p.numel() for p in parameters) / 1e6:.1f} M trainable parameters")  # fmt: skip
+    trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
+    pending, names, timer, timed = [], [], 0.0, None
+    while step < args.steps:
+        flag = stop.clone()
+        agreement = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if world > 1 else None  # do all ranks stop after this step?
+        torch.manual_seed(seed_of(args.seed, rank, step))
+        method.step, sums = step, 0
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        for micro in range(accumulate):
+            batch = next(batches)
+            if isinstance(batch, str):
+                bar.close()
+                fail(batch, every_rank=True)
+            x0, y = (v.to(device, non_blocking=True) for v in batch)
+            with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    terms = wrapped(x0.float() / 127.5 - 1, y)
+                (terms["loss"] / accumulate).backward()
+            sums = sums + torch.stack([v.detach().float() for v in terms.values()]) / accumulate
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, trained, 1 - decay)
+            method.after_step(step, args.steps)
+        step, names = step + 1, [*terms, "grad_norm"]
+        pending.append(torch.cat([sums, norm.detach().float().reshape(1)]))
+        timer, timed = (time.perf_counter(), 0) if timed is None else (timer, timed + args.batch_size)  # the first step is not timed
+        if agreement:
+            agreement.wait()
+        stopping = bool(flag) or step == args.steps
+        logging = step % args.log_every == 0 or step == args.steps
+        sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
+        saving = stopping or (args.save_every and step % args.save_every == 0)
+        bar.update()
+        if not (logging or sampling or saving):
+            continue
+        means = torch.stack(pending)  # (steps since the last time, terms): read back only here
+        mine, pending = means.tolist(), []
+        if world > 1:
+            dist.all_reduce(means)
+        rows += (means / world).tolist()
+        if not torch.isfinite(means).all():
+            bar.close()
+            for k, row in enumerate(mine, step - len(mine) + 1):
+                if not all(map(math.isfinite, row)):
+                    values = ", ".join(f"{name} {v:g}" for name, v in zip(names, row))
+                    sys.exit(f"stopped, not finite: step {k}, rank {rank}: {values}")
+            sys.exit(1)
+        if logging:
+            averages = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
+            rate, rows = timed / (time.perf_counter() - timer), []
+            bar.set_postfix({k: f"{v:.4g}" for k, v in averages.items()} | {"img/s": f"{rate:.1f}"})
+            if rank == 0:
+                epoch = step * args.batch_size / len(data)
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps({"step": step, **averages, "lr": group["lr"], "epoch": epoch, "images_per_s": rate}) + "\n")
+        if rank == 0 and sampling:
+            draw_samples()
+        if rank == 0 and saving:
+            save()
+        if stopping:
+            break
+        timer, timed = time.perf_counter(), 0
+    bar.close()
+    if rank == 0:
+        print(f"step {step} of {args.steps}, in {out}" + ("" if step == args.steps else ": the same command goes on from here"), flush=True)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(MaskDiT, parse_args())
