@@ -74,10 +74,10 @@ def log_lines(out):
     return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if "step" in line]
 
 
-def terminate_after(step):
-    """SRA that is sent SIGTERM during that 0-based step: the run stops at a step boundary and saves."""
+def terminate_after(step, method=SRA):
+    """A method that is sent SIGTERM during that 0-based step: the run stops at a step boundary and saves."""
 
-    class Interrupted(SRA):
+    class Interrupted(method):
         def after_step(self, now, steps):
             super().after_step(now, steps)
             if now == step:

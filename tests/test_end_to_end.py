@@ -1,0 +1,56 @@
+"""Every training script from its real command line: one and two processes, resuming, sampling from what it leaves."""
+
+import importlib
+import signal
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_training import TINY, assert_same, checkpoint, log_lines, run, terminate_after
+
+MODES = {  # one line a mode that changes which parameters are used, or how
+    "mdt": ("train_mdt", []),
+    "mdt unmasked": ("train_mdt", ["--mask-ratio", "0"]),
+    "mdt unmasking": ("train_mdt", ["--mask-schedule", "linear", "--mask-ratio", "0.75"]),
+    "mdt flow": ("train_mdt", ["--diffusion", "flow"]),
+}
+
+
+def run_in_process(name, out, *flags, interrupt_at=None):
+    """The script's main in this process, optionally sent SIGTERM during a step; the signal handlers of pytest are put back."""
+    script = importlib.import_module(name)
+    method = next(value for value in vars(script).values() if isinstance(value, type) and hasattr(value, "after_step"))
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, [f"{name}.py"]
+    try:
+        args = script.parse_args([*TINY, "--out", str(out), *flags])
+        script.main(method if interrupt_at is None else terminate_after(interrupt_at, method), args)
+    finally:
+        sys.argv = argv
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, mode):
+    name, flags = MODES[mode]
+    run_in_process(name, tmp_path / "a", "--steps", "8", *flags)
+    run_in_process(name, tmp_path / "b", "--steps", "8", *flags, interrupt_at=3)
+    run_in_process(name, tmp_path / "b", "--steps", "8", *flags)
+    a, b = checkpoint(tmp_path / "a", 8), checkpoint(tmp_path / "b", 8)
+    for part in ("model", "ema", "method", "optimizer", "step", "log"):
+        assert_same(a[part], b[part], part)
+    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
+    assert all(np.isfinite(v) for line in log_lines(tmp_path / "a") for v in line.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_then_sampling(tmp_path, mode):
+    """DDP stops in the second step if a trainable parameter got no gradient in the first."""
+    name, flags = MODES[mode]
+    run(ROOT / f"{name}.py", *TINY, "--steps", 4, *flags, "--out", tmp_path / "run", processes=2)
+    assert (tmp_path / "run" / "samples" / "0000004.png").exists()
+    run(ROOT / "sample.py", "--ckpt", tmp_path / "run", "--num", 3, "--steps", 2, "--guidance", 1.5, "--out", tmp_path / "samples")
+    with np.load(tmp_path / "samples" / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == (3, 16, 16, 3)
