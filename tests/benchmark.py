@@ -3,7 +3,7 @@
     python tests/benchmark.py                      sizes for the machine: Ti/4 and S/4 pixels on CPU; B/2 and XL/2 latents-shaped on CUDA
     python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile on
 
-For each row: images/s (median step), the ratio to vanilla without compile, the bound on the ratio to vanilla from multiply-adds (a teacher
+For each row: images/s (median step), the ratio to the first row, the bound on the ratio to vanilla from multiply-adds (a teacher
 pass costs one forward of the blocks it runs, training three), peak memory, and the share of a step outside the network's forward and
 backward: reading the images (in this process; the training scripts read ahead in others with --workers), clipping, AdamW, EMA. On CUDA also
 MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy machine disturbs all alike; only
@@ -22,36 +22,56 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train_mdt
 import train_sra
 from diffusion import make_diffusion
 from models import Block, parse_model
 
+# name: script, its method, flags; the noise process is --diffusion, unless the flags say otherwise
+METHODS = {
+    "vanilla": (train_sra, "SRA", ["--align-weight", "0"]),
+    "sra": (train_sra, "SRA", []),
+    "mdt": (train_mdt, "MaskDiT", ["--diffusion", "edm"]),
+    "mdt r=0": (train_mdt, "MaskDiT", ["--diffusion", "edm", "--mask-ratio", "0"]),
+}
 
-def block_macs(model, tokens):
-    """Multiply-adds of one block for one image: qkv and projection 4 T D^2, MLP 8 T D^2, attention 2 T^2 D, adaLN 6 D^2."""
-    D = model["hidden_size"]
-    return 12 * tokens * D**2 + 2 * tokens**2 * D + 6 * D**2
+
+def block_macs(tokens, D, cond=None):
+    """Multiply-adds of one block for one image: qkv and projection 4 T D^2, MLP 8 T D^2, attention 2 T^2 D, adaLN 6 D cond."""
+    return 12 * tokens * D**2 + 2 * tokens**2 * D + 6 * D * (cond or D)
 
 
 def macs(network):
-    """Multiply-adds of one training step for one image: {"vanilla", "sra"}; backward costs two forwards."""
-    model, p = network, network["patch_size"]
-    tokens, D = (network["input_size"] // p) ** 2, model["hidden_size"]
-    patch = p * p * network["in_channels"]
-    ends = tokens * patch * D * (2 if network["learn_sigma"] else 1) + tokens * patch * D + 2 * D**2 + 256 * D + D**2
-    forward = model["depth"] * block_macs(model, tokens) + ends
-    _, teacher = train_sra.alignment_blocks(model["depth"], network["learn_sigma"])
-    embed = tokens * patch * D + 256 * D + D**2
-    return {"vanilla": 3 * forward, "sra": 3 * (forward + 4 * tokens * D**2) + teacher * block_macs(model, tokens) + embed}
+    """Multiply-adds of one training step for one image, by method; backward costs two forwards, a teacher pass has none."""
+    T, D, depth = (network["input_size"] // network["patch_size"]) ** 2, network["hidden_size"], network["depth"]
+    patch = network["patch_size"] ** 2 * network["in_channels"]
+    embed = T * patch * D + 256 * D + D**2
+    final = T * patch * D * (2 if network["learn_sigma"] else 1) + 2 * D**2
+    vanilla = embed + depth * block_macs(T, D) + final
+    _, teacher = train_sra.alignment_blocks(depth, network["learn_sigma"])
+    layers, width, _ = (2, 128, 4) if D == 128 else (8, 512, 16)
+
+    def masked(kept):
+        bridge = kept * D * width + 2 * D**2
+        return embed + depth * block_macs(kept, D) + bridge + layers * block_macs(T, width, D) + T * patch * width + 2 * D * width
+
+    return {
+        "vanilla": 3 * vanilla,
+        "sra": 3 * (vanilla + 4 * T * D**2) + embed + teacher * block_macs(T, D),
+        "mdt": 3 * masked(T // 2),
+        "mdt r=0": 3 * masked(T),
+    }
 
 
 class Row:
     """One method at one size: the arithmetic of a training step of the scaffold, timed in parts; no loader, log or progress bar."""
 
-    def __init__(self, name, flags, network, diffusion, compiled, args, device):
+    def __init__(self, name, network, compiled, args, device):
         self.name, self.compiled, self.device, self.times, self.outside = name, compiled, device, [], []
+        script, method, flags = METHODS[name]
+        parsed = script.parse_args(["--diffusion", args.diffusion, *flags])
         torch.manual_seed(0)
-        self.method = train_sra.SRA(train_sra.parse_args(flags), network, diffusion).to(device)
+        self.method = getattr(script, method)(parsed, network, make_diffusion(parsed.diffusion)).to(device)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
         self.trained, self.averaged = list(self.method.model.parameters()), list(self.method.ema.parameters())
@@ -127,14 +147,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     parser.add_argument("--models", nargs="+", default=["DiT-B/2", "DiT-XL/2"] if cuda else ["DiT-Ti/4", "DiT-S/4"])
-    parser.add_argument("--diffusion", default="flow")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--diffusion", choices=("flow", "gvp"), default="flow", help="of vanilla and SRA")
     parser.add_argument("--batch-size", type=int, default=128 if cuda else 16)
     parser.add_argument("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
     args = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     torch.set_float32_matmul_precision("high")
-    diffusion = make_diffusion(args.diffusion)
     peak = matmul_rate(device) if cuda else None
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}", flush=True)
@@ -144,12 +164,9 @@ def main():
     print(columns + "    MFU" * cuda)
     for model in args.models:
         shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
-        network = {**shape, **parse_model(model), "learn_sigma": diffusion.learned_variance}
-        settings = [
-            (name, [*flags, "--diffusion", args.diffusion], network, diffusion, compiled, args, device)
-            for compiled in {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
-            for name, flags in (("vanilla", ["--align-weight", "0"]), ("sra", []))
-        ]
+        network = {**shape, **parse_model(model), "learn_sigma": False}
+        compile_modes = {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
+        settings = [(name, network, compiled, args, device) for compiled in compile_modes for name in args.methods]
         if cuda:
             memory = [peak_memory(*s) for s in settings]
         else:
@@ -159,13 +176,17 @@ def main():
         for k in range(3 + args.steps):  # three to warm up
             for row in rows:
                 row.step(k)
-        cost, first = macs(network), args.batch_size / median(rows[0].times[3:])
+        cost, first = macs(network), args.batch_size / median(rows[0].times[3:])  # the first row is the yardstick
         for row, peak_gib in zip(rows, memory):
             rate, bound = args.batch_size / median(row.times[3:]), cost["vanilla"] / cost[row.name]
             line = f"{model:10} {row.name:8} {'on' if row.compiled else 'off':>7} {rate:9.1f} {rate / first:6.3f} {bound:6.3f}"
             line += f" {peak_gib:6.2f} GiB"
             line += f" {100 * median(row.outside[3:]):7.1f}%" + (f" {100 * cost[row.name] * rate / peak:5.1f}%" if cuda else "")
             print(line, flush=True)
+        seconds = {row.name: median(row.times[3:]) for row in rows if not row.compiled}
+        if {"mdt", "mdt r=0"} <= set(seconds):
+            gain, bound = seconds["mdt r=0"] / seconds["mdt"], cost["mdt r=0"] / cost["mdt"]
+            print(f"{model:10} masking half of the tokens: {gain:.3f} times the images/s of the same network unmasked; bound {bound:.3f}")
         del rows, row
         gc.collect()
         if cuda:
