@@ -309,6 +309,8 @@ class Guided:
     """
 
     def __init__(self, net, scale, null_label, interval=(-math.inf, math.inf), channels=None):
+        if scale == math.inf:
+            raise ValueError("guidance must be finite")
         if not scale >= 1:
             raise ValueError(f"guidance {scale:g} is below 1: that would push samples away from their class; 1 turns guidance off")
         if not interval[0] < interval[1]:

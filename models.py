@@ -391,14 +391,16 @@ def load_official(path, source, num_heads, weights="ema"):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    if isinstance(state, dict) and {"method", "log"} <= set(state):
+        raise ValueError(f"{path} is a checkpoint of the training scripts, not of official code")
     notes = []
-    if "ema" in state or "model" in state:
+    if isinstance(state, dict) and ("ema" in state or "model" in state):
         if weights not in state:
             raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, state))}")
         state = state[weights]
         notes.append(f"took the {weights!r} weights of a training checkpoint")
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} holds no state dict")
     state = {name.removeprefix("module.").removeprefix("model."): tensor for name, tensor in state.items()}
     heads = [name for name in state if name.startswith(TRAINING_HEADS)]
     for name in heads:

@@ -2,7 +2,7 @@
 
     python sample.py --ckpt results/train_sra --num 1000 --out samples/sra                          newest checkpoint of a run, its EMA
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT.pt --num-samples 50000 --solver sde --steps 250               50k on eight GPUs
-    python sample.py --ckpt DiT.pt --official dit --model DiT-XL/2 --solver sde --steps 250 --guidance 1.5 --guidance-channels 3
+    python sample.py --ckpt DiT.pt --official dit --model DiT-XL/2 --solver sde --steps 250 --guidance 1.5 --guidance-channels 3 --latents
                                                                                                     official weights, DiT's own protocol
 
 Writes under --out: samples.npz (ADM's format: `arr_0` uint8 (num, H, W, 3), and `arr_1` int64 labels), grid.png, protocol.json with
@@ -18,6 +18,7 @@ Latent models need a VAE to become images; that part is not here yet: --latents 
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -85,21 +86,29 @@ def parse_args(argv=None):
     for name in ("num", "batch_size", "steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.seed < 0:
-        fail(f"--seed {args.seed}: must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed {args.seed} is out of range")
+    if not all(v >= 0 for v in args.churn):
+        fail(f"--churn {' '.join(map(str, args.churn))}: all four must be 0 or more")
     return args
 
 
 def find_checkpoint(path):
-    """The file behind --ckpt: itself, or the newest readable checkpoint of a run's folder. Raises ValueError with one line."""
+    """(file, digest) behind --ckpt: the file itself, or the newest readable checkpoint of a run's folder. Raises ValueError with one line.
+
+    The digest is of the checksums that the file's archive keeps, so that samples of a retrained network are not taken for those of the old.
+    """
     if not path.exists():
         raise ValueError(f"--ckpt {path}: no such file or folder")
-    if not path.is_dir():
-        return path
-    newest = newest_checkpoint(path / "checkpoints")
-    if not newest:
-        raise ValueError(f"--ckpt {path}: no checkpoints/*.pt in this folder")
-    return newest
+    if path.is_dir():
+        folder, path = path, newest_checkpoint(path / "checkpoints")
+        if not path:
+            raise ValueError(f"--ckpt {folder}: no checkpoints/*.pt in this folder")
+    if zipfile.is_zipfile(path):
+        content = repr([(entry.filename, entry.CRC) for entry in zipfile.ZipFile(path).infolist()]).encode()
+    else:
+        content = path.read_bytes()
+    return path, hashlib.sha256(content).hexdigest()[:16]
 
 
 def load_network(args, path):
@@ -182,26 +191,34 @@ def write_pictures(batches, args):
     write_atomically(args.out / "grid.png", lambda file: grid.save(file, "png"))
 
 
-def describe(args, about, channels):
+def describe(args, about, digest, channels):
     """Everything the images depend on, as plain JSON values."""
+
+    def plain(values):
+        return [v if math.isfinite(v) else str(v) for v in values]
+
     churned = about["diffusion"] == "edm" and args.solver == "sde"
-    protocol = {
-        "checkpoint": {"path": str(args.ckpt), "weights": args.weights, **about},
-        "sampler": {"solver": args.solver, "steps": args.steps, "churn": args.churn if churned else None},
-        "guidance": {"scale": args.guidance, "interval": list(args.guidance_interval), "channels": args.guidance_channels or channels},
+    return {
+        "checkpoint": {"path": str(args.ckpt), "digest": digest, "weights": args.weights, **about},
+        "sampler": {"solver": args.solver, "steps": args.steps, "churn": plain(args.churn) if churned else None},
+        "guidance": {"scale": args.guidance, "interval": plain(args.guidance_interval), "channels": args.guidance_channels or channels},
         "labels": {"classes": args.classes or "all", "how": args.labels},
         "num": args.num, "seed": args.seed, "precision": args.precision, "latents": args.latents,
     }  # fmt: skip
-    return json.loads(json.dumps(protocol).replace("-Infinity", '"-inf"').replace("Infinity", '"inf"'))
 
 
 def open_output(args, protocol):
-    """Make the output folder, or check that what it holds belongs to this run. Raises ValueError with one line."""
-    description = args.out / "protocol.json"
-    if description.exists() and json.loads(description.read_text()) != protocol:
+    """Make the output folder, or check that what it holds belongs to this run. Raises ValueError with one line.
+
+    Returns whether samples.npz is there already, and else the ranges (first, last + 1) of images still to be made.
+    """
+    description, text = args.out / "protocol.json", json.dumps(protocol, indent=1)
+    if description.exists() and description.read_text() != text:
         raise ValueError(f"{args.out} holds samples of another run (see its protocol.json): choose another --out")
     (args.out / "parts").mkdir(parents=True, exist_ok=True)
-    write_atomically(description, lambda file: file.write(json.dumps(protocol, indent=1).encode()))
+    write_atomically(description, lambda file: file.write(text.encode()))
+    done = (args.out / "samples.npz").exists()
+    return done, [] if done else missing_batches(stored(args.out / "parts"), args.num, args.batch_size)
 
 
 def main(args):
@@ -213,7 +230,8 @@ def main(args):
     if world > 1:
         dist.init_process_group("gloo")
     try:
-        net, diffusion, about = load_network(args, on_rank_0(lambda: find_checkpoint(args.ckpt)))
+        path, digest = on_rank_0(lambda: find_checkpoint(args.ckpt))
+        net, diffusion, about = load_network(args, path)
         num_classes, net = net.config["num_classes"], net.to(device)
         shape = (net.config["in_channels"], net.config["input_size"], net.config["input_size"])
         diffusion.times(args.steps)
@@ -227,16 +245,12 @@ def main(args):
             raise ValueError(f"{args.ckpt} generates latents of {shape[0]} channels; there is no VAE here yet: --latents stores them")
         if args.latents and args.png:
             raise ValueError("--latents stores no images: leave out --png")
-        on_rank_0(lambda: open_output(args, describe(args, about, shape[0])))
+        done, batches = on_rank_0(lambda: open_output(args, describe(args, about, digest, shape[0])))
     except ValueError as error:
         fail(error)
     churn = dict(zip(("S_churn", "S_min", "S_max", "S_noise"), args.churn))
     parts_folder, finished = args.out / "parts", args.out / "samples.npz"
-    done = finished.exists()
-    batches = [] if done else missing_batches(stored(parts_folder), args.num, args.batch_size)
     bar = tqdm(total=args.num, initial=args.num - sum(b - a for a, b in batches), disable=rank > 0, unit="img", dynamic_ncols=True)
-    if world > 1:
-        dist.barrier()  # every rank has seen the same parts before the first new one
     for k, (first, end) in enumerate(batches):
         if k % world == rank:
             draw = ImageNoise(args.seed, range(first, end), shape, device)
@@ -264,7 +278,7 @@ def main(args):
         if not done:
             join_parts(ordered, args.num, finished)
         shutil.rmtree(parts_folder)
-        print(f"{args.num} samples in {finished}", flush=True)
+        print(f"{args.num} samples in {finished}" + (", made before" if done else ""), flush=True)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -7,6 +7,10 @@ import sys
 import zlib
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: several share a few cores
+if "TEST_CUDA" not in os.environ:  # the tests are about the CPU; TEST_CUDA=1 pytest -k cuda runs those that need a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +18,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: several share a few cores
 
 CORE = {case["case"]: case for case in json.loads((GOLDENS / "manifest_core.json").read_text())}
 EVAL = {case["case"]: case for case in json.loads((GOLDENS / "manifest_eval.json").read_text())}

@@ -165,7 +165,9 @@ def test_load_official_refuses_what_is_no_checkpoint(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")
-    cases = {"text.pt": "cannot be read", "other.pt": "not a DiT or SiT", "list.pt": "holds a list", "none.pt": "cannot be read"}
+    torch.save({"ema": torch.zeros(3)}, tmp_path / "bare.pt")
+    cases = {"text.pt": "cannot be read", "none.pt": "cannot be read", "other.pt": "not a DiT or SiT"}
+    cases |= {"bare.pt": "holds no state dict", "list.pt": "holds no state dict"}
     for name, words in cases.items():
         with pytest.raises(ValueError, match=words) as error:
             load_official(tmp_path / name, "dit", 3)

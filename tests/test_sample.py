@@ -159,7 +159,8 @@ def one_line(capfd, *flags):
 def test_refusals(trained, tmp_path, capfd):
     good = ["--ckpt", trained["flow"], "--out", tmp_path / "out"]
     (tmp_path / "text.pt").write_text("hello")
-    torch.save({"a": 1}, tmp_path / "other.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    ours = trained["flow"] / "checkpoints" / "0000003.pt"
     (tmp_path / "empty").mkdir()
     cases = [
         ([*good, "--guidance", "0.9"], "guidance 0.9 is below 1"),
@@ -167,6 +168,10 @@ def test_refusals(trained, tmp_path, capfd):
         ([*good, "--guidance", "2", "--guidance-channels", "4"], "the model generates 3 channels"),
         ([*good, "--guidance", "2", "--guidance-channels", "-1"], "must be at least 1"),
         ([*good, "--png", "--latents"], "leave out --png"),
+        ([*good, "--guidance", "inf"], "must be finite"),
+        ([*good, "--churn", "-1", "0", "inf", "1"], "all four must be 0 or more"),
+        ([*good, "--seed", "99999999999999999999999"], "out of range"),
+        (["--ckpt", ours, "--official", "sit", "--model", "SiT-Ti/8"], "not of official code"),
         ([*good, "--num", "0"], "--num 0: must be at least 1"),
         ([*good, "--classes", "3", "10"], "classes 0 to 9"),
         ([*good, "--solver", "rk45"], "invalid choice: 'rk45'"),
@@ -189,6 +194,18 @@ def test_refusals(trained, tmp_path, capfd):
     draw(*good, "--num", 2, "--steps", 2, "--png")  # finished, but not its pictures
     assert len(list((tmp_path / "out" / "png").iterdir())) == 2
     assert "holds samples of another run" in one_line(capfd, *good, "--num", 2, "--steps", 3)
+
+
+def test_samples_of_a_retrained_network_are_not_taken_for_the_old_ones(tmp_path, capfd):
+    train(tmp_path / "run", "--steps", "2")
+    flags = ["--ckpt", tmp_path / "run", "--num", 2, "--steps", 2, "--out", tmp_path / "out"]
+    draw(*flags)
+    capfd.readouterr()
+    draw(*flags)
+    assert "made before" in capfd.readouterr().out
+    (tmp_path / "run" / "checkpoints" / "0000002.pt").unlink()
+    train(tmp_path / "run", "--steps", "2", "--seed", "1")
+    assert "holds samples of another run" in one_line(capfd, *flags)
 
 
 def test_guidance_below_one_from_the_real_command_line(trained, tmp_path):

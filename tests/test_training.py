@@ -325,14 +325,19 @@ def test_two_nodes_meet_on_localhost(tmp_path):
     assert checkpoint(tmp_path, 3)["step"] == 3 and "2 processes" in "".join(outputs)
 
 
-def test_sigterm_to_plain_python_saves_and_exits_cleanly(tmp_path):
-    words = command(ROOT / "train_sra.py", *TINY, "--steps", "100000", "--workers", "1", "--out", tmp_path)
+def test_sigterm_to_every_process_saves_and_exits_cleanly(tmp_path):
+    """As schedulers do it: the training process and its loaders get the signal, twice."""
+    words = command(ROOT / "train_sra.py", *TINY, "--steps", "100000", "--workers", "2", "--out", tmp_path)
     agent = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     log = tmp_path / "log.jsonl"
     while not (log.exists() and '"step": 3' in log.read_text()) and time.time() < deadline:
         time.sleep(0.02)
-    agent.send_signal(signal.SIGTERM)
+    loaders = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+    assert len(loaders) == 2
+    for _ in range(2):
+        for pid in (*loaders, agent.pid):
+            os.kill(pid, signal.SIGTERM)
     out, err = agent.communicate(timeout=60)
     assert agent.returncode == 0 and "Traceback" not in err, err
     step = int(max((tmp_path / "checkpoints").glob("*.pt")).stem)
@@ -450,6 +455,8 @@ def test_bad_flags(tmp_path, capfd):
         (["--batch-size", "6", "--micro-batch", "4"], "--batch-size 6 is not divisible by 1 processes x --micro-batch 4"),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--lr", "-1"], "--lr -1.0 is out of range"),
+        (["--seed", "99999999999999999999999"], "is out of range"),
+        (["--time-gap", "inf"], "--time-gap inf is out of range"),
         (["--label-drop", "1.5"], "--label-drop 1.5 is out of range"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -496,12 +503,13 @@ def test_resuming_with_other_flags(tmp_path, capfd):
     assert "--model DiT-S/8 (it has DiT-Ti/8)" in one_line(capfd, tmp_path, "--model", "DiT-S/8")
     assert "--diffusion gvp (it has flow)" in one_line(capfd, tmp_path, "--diffusion", "gvp")
     assert "--align-weight 0.0 (it has None)" in one_line(capfd, tmp_path, "--align-weight", "0")
+    assert "is beyond --steps 1" in one_line(capfd, tmp_path, "--steps", "1")
     folder = make_folder(tmp_path / "data")
     assert "other classes" in one_line(capfd, tmp_path, "--data", str(folder))
     saved = checkpoint(tmp_path, 2)
     saved["args"]["script"] = "train_mdt.py"
     torch.save(saved, tmp_path / "checkpoints" / "0000002.pt")
-    assert "is a checkpoint of train_mdt.py" in one_line(capfd, tmp_path)
+    assert "--script train_sra.py (it has train_mdt.py)" in one_line(capfd, tmp_path)
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"")
     capfd.readouterr()
