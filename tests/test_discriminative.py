@@ -274,6 +274,23 @@ def test_chunks_change_nothing(rows):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_chunked_logits_are_not_kept_for_the_backward_pass():
+    """What autograd holds grows with M alone, not with M K."""
+    vectors = F.normalize(torch.randn(64, 256), dim=1).requires_grad_()
+    prototypes, held = F.normalize(torch.randn(5000, 256), dim=1), []
+    for function, options in ((cross_entropy, {}), (chunked_cross_entropy, {"rows": 16})):
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(0 if 256 in tensor.shape else tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function(vectors, vectors.detach(), prototypes, prototypes, torch.zeros(5000), 0.1, 0.05, **options)[0].mean()
+        held.append(max(sizes))  # but vectors and prototypes, which exist anyway
+    assert held[0] == 64 * 5000 and held[1] <= 5000
+
+
 def test_bf16_keeps_losses_in_fp32_and_close():
     method, (x0, y, d) = small(), draws()
     exact = method(x0, y, **d)
