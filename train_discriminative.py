@@ -16,7 +16,8 @@ Commands; running one again resumes it from its newest checkpoint
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_discriminative.py ...    2 nodes, on both
 `--align-weight 0` builds no head and no teacher; with `--mask-ratio 0` too it is plain EDM on the same network, the fair baseline.
 Logged, for patches and class token: the term; the teacher's entropy (ln K: uniform collapse, 0: one prototype each); KL(T || S); norm of
-C; the share of the K prototypes that are some token's first choice (at most tokens / K).
+C; the share of the K prototypes that are some token's first choice (at most tokens / K). Blocks start as the identity: at first the class
+token is the same in every image, and its term sits at ln K.
 
 Where the defaults come from: [P] the paper, [2nd] later papers on it, [inferred] from MaskDiT, EDM, DINO or iBOT, [guess] ours
  1. Discriminative loss on the encoder, diffusion loss on the decoder, momentum teacher, one PF-ODE, no mask token [P]. Noisy tokens instead
@@ -31,8 +32,8 @@ Where the defaults come from: [P] the paper, [2nd] later papers on it, [inferred
     encoder too [guess]; with `--detach-encoder` it does not, but for the embedding of time and label, which the decoder shares.
  6. Batch 256, AdamW 1e-4, no clipping (iBOT clips at 3), EMA 0.9999 without warm-up, 2.4 million steps [inferred from 480 epochs, 2nd].
     Sampling: EMA of the student on all tokens, Heun with 40 steps [inferred].
-Ours besides: centres follow the visible tokens of all micro-batches and ranks, once a step. Logits and softmax in fp32, in chunks that are
-recomputed, so that N T K logits never exist at once. No VAE latents yet: images are pixels, so the patch has to grow with the resolution.
+Ours besides: centres follow the visible tokens of all micro-batches and ranks, once a step. Logits (TF32 on GPUs) and softmax in fp32, in
+recomputed chunks: N T K logits never exist at once. No VAE latents yet: images are pixels, so the patch has to grow with the resolution.
 """
 
 import argparse
@@ -128,10 +129,8 @@ class SDDiT(nn.Module):
 
     def __init__(self, args, network, diffusion):
         super().__init__()
-        if args.diffusion == "ddpm":
-            raise ValueError("SD-DiT is defined for --diffusion edm (and flow, gvp), not ddpm")
-        if args.mask_ratio >= 1:
-            raise ValueError(f"--mask-ratio {args.mask_ratio}: must be below 1")
+        if args.diffusion == "ddpm" or args.mask_ratio >= 1:
+            raise ValueError("SD-DiT is defined for --diffusion edm (and flow, gvp), not ddpm; --mask-ratio must be below 1")
         if args.detach_encoder and args.align_weight == 0:
             raise ValueError("--detach-encoder with --align-weight 0: nothing would train the encoder")
         positive = (args.student_temperature, *args.teacher_temperature, args.teacher_sigma, args.prototypes, args.head_width)
