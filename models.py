@@ -226,45 +226,74 @@ class MaskedDiT(DiT):
 
     decoder: (depth, hidden size, heads); 8 x 512 x 16 for every size of encoder in the official models/maskdit.py. Its blocks share the
     encoder's conditioning. The bridge between the two starts at zero, so that the decoder first sees positions alone.
+    fill: what the decoder gets at dropped places: a learned "mask_token" after the bridge (MaskDiT), or, before it, the "noisy_tokens" that
+    the encoder would have seen there (SD-DiT, arXiv 2403.17004). class_token: a learned token in front of the encoder's, without position.
     """
 
-    def __init__(self, decoder=(8, 512, 16), **network):
+    def __init__(self, decoder=(8, 512, 16), fill="mask_token", class_token=False, **network):
         super().__init__(**network)
         self.config = {**network, "decoder": list(decoder)}
+        self.config |= {"fill": fill} if fill != "mask_token" else {}
+        self.config |= {"class_token": True} if class_token else {}
+        if fill not in ("mask_token", "noisy_tokens"):
+            raise ValueError(f"unknown fill {fill!r}: choose mask_token or noisy_tokens")
         depth, width, heads = decoder
         hidden_size, side = network["hidden_size"], network["input_size"] // network["patch_size"]
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if fill == "mask_token" else None
+        self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if class_token else None
         self.register_buffer("decoder_pos_embed", position_embedding(width, side))
         self.decoder_layer = FinalLayer(hidden_size, width)
         self.decoder_blocks = nn.ModuleList(Block(width, heads, cond_size=hidden_size) for _ in range(depth))
         self.final_layer = FinalLayer(width, self.patch_size**2 * self.out_channels, cond_size=hidden_size)
         self.init_weights()
-        nn.init.normal_(self.mask_token, std=0.02)
+        for token in (self.mask_token, self.class_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
 
-    def forward(self, x, t, y, ids_keep=None, features=()):
-        """x (N, C, H, W), t (N,), y (N,) -> out (N, C_out, H, W), or (out, {k: encoder tokens}) as in DiT.
-
-        ids_keep (N, K) int64: the tokens of each image that the encoder sees; the decoder gets the mask token in place of the others.
-        """
-        c = self.condition(t, y)
-        tokens = self.embed(x)
-        everything = tokens.shape[1]
+    def encode_tokens(self, tokens, c, ids_keep=None, features=()):
+        """Embedded tokens (N, T, D) -> the stream after the last block (N, [1 +] K, D), class token first; and {k: that of block k}."""
         if ids_keep is not None:
             tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))  # (N, K, D)
+        if self.class_token is not None:
+            tokens = torch.cat([self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)  # (N, 1 + K, D)
         kept = {0: tokens}
         for k, block in enumerate(self.blocks, 1):
             tokens = block(tokens, c)
             if k in features:
                 kept[k] = tokens
-        tokens = self.decoder_layer(tokens, c)  # (N, K, width)
-        if ids_keep is not None:
-            hidden = self.mask_token.to(tokens.dtype).expand(len(x), everything, -1)
-            tokens = hidden.scatter(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]), tokens)  # (N, T, width)
+        return tokens, kept
+
+    def encode(self, x, t, y, ids_keep=None):
+        """The encoder alone, as a teacher runs it: its last tokens (N, [1 +] K, D), the class token first if there is one."""
+        return self.encode_tokens(self.embed(x), self.condition(t, y), ids_keep)[0]
+
+    def forward(self, x, t, y, ids_keep=None, features=(), detach=False):
+        """x (N, C, H, W), t (N,), y (N,) -> out (N, C_out, H, W), or (out, {k: encoder tokens}) as in DiT, the class token first.
+
+        ids_keep (N, K) int64: the tokens of each image that the encoder sees; the decoder gets `fill` in place of the others.
+        detach: no gradient from out to the encoder's tokens; the conditioning, which the decoder shares, still gets it.
+        """
+        c = self.condition(t, y)
+        embedded = self.embed(x)  # (N, T, D)
+        tokens, kept = self.encode_tokens(embedded, c, ids_keep, features)
+        tokens = tokens if self.class_token is None else tokens[:, 1:]
+        if detach:
+            tokens, embedded = tokens.detach(), embedded.detach()
+        if ids_keep is not None and self.mask_token is None:
+            tokens = put_back(embedded, ids_keep, tokens)  # (N, T, D)
+        tokens = self.decoder_layer(tokens, c)  # (N, K or T, width)
+        if ids_keep is not None and self.mask_token is not None:
+            tokens = put_back(self.mask_token.expand(*embedded.shape[:2], -1), ids_keep, tokens)  # (N, T, width)
         tokens = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:
             tokens = block(tokens, c)
         out = self.unpatchify(self.final_layer(tokens, c))
         return (out, {k: kept[k] for k in features}) if features else out
+
+
+def put_back(fill, ids_keep, tokens):
+    """fill (N, T, D) with tokens (N, K, D) at the places ids_keep (N, K)."""
+    return fill.to(tokens.dtype).scatter(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]), tokens)
 
 
 def build_model(config):

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
-LINE_BUDGET = 500  # docstring included
+LINE_BUDGET = 560  # docstring included
 LARGEST_DIFFERENCE = 420  # lines that two scripts may differ by, docstrings and methods included
 
 
