@@ -283,8 +283,9 @@ def parse_args(argv=None):
     parser.set_defaults(**DEFAULTS)
     args = parser.parse_args(argv)
     least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
+    most = {"ema_decay": 1, "label_drop": 1, "time_gap": 1, "mask_ratio": 1}
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not least.get(name, 0) <= value <= (1 if name in ("ema_decay", "label_drop") else math.inf):
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value <= most.get(name, 2**63 - 1):
             fail(f"--{name.replace('_', '-')} {value} is out of range")
     return args
 
@@ -372,9 +373,11 @@ def read_order(length, args, rank, world, start):
             yield list(zip(order[chosen].tolist(), (flips[chosen] & args.flip).tolist()))
 
 
-def own_process_group(worker):
-    """Ctrl-C and torchrun signal whole groups: loader processes must live until the training process has saved."""
+def outlive_signals(worker):
+    """Loader processes go on for a minute after a signal to all processes, so that the training process can finish its step and save."""
     os.setpgrp()
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def main(method_cls, args):
@@ -434,9 +437,9 @@ def main(method_cls, args):
         changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", "classes")]
         changed += ["other classes"] * ("classes" in was)
         state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
-        if "script" in was:
-            fail(f"{path} is a checkpoint of {was['script']}: give this run another --out")
-        if {"classes", "network", "diffusion"} & set(was) or set(state) != set(stored_state()):
+        if saved["step"] > args.steps:
+            fail(f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out")
+        if {"script", "classes", "network", "diffusion"} & set(was) or set(state) != set(stored_state()):
             fail(f"{path} does not fit {', '.join(changed)}: use the flags it was made with, or another --out")
         if changed and rank == 0:
             print(f"resuming with {', '.join(changed)}", flush=True)
@@ -466,11 +469,11 @@ def main(method_cls, args):
         grid = image_grid(to_uint8(images), len(labels) // lines)
         write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
 
-    stop = torch.zeros(1)  # becomes 1 on SIGTERM, which schedulers may repeat, and on Ctrl-C, whose second one ends the process at once
-    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
-    signal.signal(signal.SIGINT, lambda *_: (stop.fill_(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    stop = []  # filled by SIGTERM, which schedulers may repeat, and by Ctrl-C, whose second one ends the process at once
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     workers, order = (8 if cuda else 0) if args.workers is None else args.workers, read_order(len(data), args, rank, world, step)
-    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": own_process_group}
+    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": outlive_signals}
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     if rank == 0:
@@ -485,7 +488,7 @@ def main(method_cls, args):
     trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
     pending, names, timer, timed = [], [], 0.0, None
     while step < args.steps:
-        flag = stop.clone()
+        flag = torch.tensor(float(len(stop)))
         agreement = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if world > 1 else None  # do all ranks stop after this step?
         torch.manual_seed(seed_of(args.seed, rank, step))
         method.step, sums = step, 0

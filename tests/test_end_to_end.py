@@ -9,11 +9,15 @@ import pytest
 from conftest import ROOT
 from test_training import TINY, assert_same, checkpoint, log_lines, run, terminate_after
 
+SMALL_HEAD = ["--prototypes", "64", "--head-width", "32", "--freeze-steps", "2", "--temperature-steps", "6"]
 MODES = {  # one line a mode that changes which parameters are used, or how
     "mdt": ("train_mdt", []),
     "mdt unmasked": ("train_mdt", ["--mask-ratio", "0"]),
     "mdt unmasking": ("train_mdt", ["--mask-schedule", "linear", "--mask-ratio", "0.75"]),
     "mdt flow": ("train_mdt", ["--diffusion", "flow"]),
+    "sd-dit": ("train_discriminative", SMALL_HEAD),
+    "sd-dit mean, visible": ("train_discriminative", [*SMALL_HEAD, "--summary", "mean", "--gen-tokens", "visible", "--mask-ratio", "0.5"]),
+    "sd-dit plain": ("train_discriminative", ["--align-weight", "0", "--mask-ratio", "0"]),
 }
 
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
-LINE_BUDGET = 560  # docstring included
+LINE_BUDGET = 500  # docstring included
+LONGER = {"train_discriminative.py": 570}  # no public code: every uncertain choice is a flag, and its source is named
 LARGEST_DIFFERENCE = 420  # lines that two scripts may differ by, docstrings and methods included
 
 
@@ -29,7 +30,7 @@ def test_every_script_has_the_same_anatomy(path):
     for word in ("def parse_args(", "def main(method_cls, args):", "class Images("):
         assert word in rest, "the scaffold must stand outside the method block"
     assert not re.findall(r"^(?:from|import) train_", text, flags=re.M), "no script imports another"
-    assert len(text.splitlines()) <= LINE_BUDGET
+    assert len(text.splitlines()) <= LONGER.get(path.name, LINE_BUDGET)
 
 
 def test_scaffold_is_identical():
