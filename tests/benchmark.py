@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train_discriminative
 import train_mdt
 import train_sra
 from diffusion import make_diffusion
@@ -33,7 +34,9 @@ METHODS = {
     "sra": (train_sra, "SRA", []),
     "mdt": (train_mdt, "MaskDiT", ["--diffusion", "edm"]),
     "mdt r=0": (train_mdt, "MaskDiT", ["--diffusion", "edm", "--mask-ratio", "0"]),
+    "sd-dit": (train_discriminative, "SDDiT", ["--diffusion", "edm"]),
 }
+
 
 
 def block_macs(tokens, D, cond=None):
@@ -48,18 +51,23 @@ def macs(network):
     embed = T * patch * D + 256 * D + D**2
     final = T * patch * D * (2 if network["learn_sigma"] else 1) + 2 * D**2
     vanilla = embed + depth * block_macs(T, D) + final
-    _, teacher = train_sra.alignment_blocks(depth, network["learn_sigma"])
+    _, teacher_block = train_sra.alignment_blocks(depth, network["learn_sigma"])
     layers, width, _ = (2, 128, 4) if D == 128 else (8, 512, 16)
 
     def masked(kept):
         bridge = kept * D * width + 2 * D**2
         return embed + depth * block_macs(kept, D) + bridge + layers * block_macs(T, width, D) + T * patch * width + 2 * D * width
 
+    seen = int(T * 0.8)  # of SD-DiT's student; its bridge is on all tokens
+    head = 2048 * D + 2048**2 + 2048 * 256 + 256 * 8192  # per token
+    student = masked(seen) + (T - seen) * D * width + (seen + 1) * head
+    teacher_pass = embed + depth * block_macs(T + 1, D) + (seen + 1) * head
     return {
         "vanilla": 3 * vanilla,
-        "sra": 3 * (vanilla + 4 * T * D**2) + embed + teacher * block_macs(T, D),
+        "sra": 3 * (vanilla + 4 * T * D**2) + embed + teacher_block * block_macs(T, D),
         "mdt": 3 * masked(T // 2),
         "mdt r=0": 3 * masked(T),
+        "sd-dit": 3 * student + teacher_pass + (seen + 1) * 2 * 256 * 8192,  # both logits are computed again in the backward pass
     }
 
 
@@ -108,6 +116,7 @@ class Row:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(self.averaged, self.trained, 1e-4)
+            self.method.after_step(k, 1000)
         end = self.now()
         self.times.append(end - start)
         self.outside.append(1 - (network - read) / (end - start))
