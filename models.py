@@ -231,13 +231,15 @@ class MaskedDiT(DiT):
     """
 
     def __init__(self, decoder=(8, 512, 16), fill="mask_token", class_token=False, **network):
+        depth, width, heads = decoder
+        if min(decoder) < 1 or width % 4 or width % heads:
+            raise ValueError(f"decoder {depth} {width} {heads}: all at least 1, the width divisible by 4 and by the number of heads")
         super().__init__(**network)
         self.config = {**network, "decoder": list(decoder)}
         self.config |= {"fill": fill} if fill != "mask_token" else {}
         self.config |= {"class_token": True} if class_token else {}
         if fill not in ("mask_token", "noisy_tokens"):
             raise ValueError(f"unknown fill {fill!r}: choose mask_token or noisy_tokens")
-        depth, width, heads = decoder
         hidden_size, side = network["hidden_size"], network["input_size"] // network["patch_size"]
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if fill == "mask_token" else None
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if class_token else None

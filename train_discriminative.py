@@ -34,6 +34,7 @@ Where the defaults come from: [P] the paper, [2nd] later papers on it, [inferred
     Sampling: EMA of the student on all tokens, Heun with 40 steps [inferred].
 Ours besides: centres follow the visible tokens of all micro-batches and ranks, once a step. Logits (TF32 on GPUs) and softmax in fp32, in
 recomputed chunks: N T K logits never exist at once. No VAE latents yet: images are pixels, so the patch has to grow with the resolution.
+Not here: terms by noise level or by null label, a decoder made of the last encoder blocks, clipping of the head alone.
 """
 
 import argparse
@@ -134,7 +135,9 @@ class SDDiT(nn.Module):
         if args.detach_encoder and args.align_weight == 0:
             raise ValueError("--detach-encoder with --align-weight 0: nothing would train the encoder")
         positive = (args.student_temperature, *args.teacher_temperature, args.teacher_sigma, args.prototypes, args.head_width)
-        if min(positive) <= 0 or max(args.teacher_momentum, args.centre_momentum) > 1:
+        if args.diffusion != "edm" and args.teacher_sigma > 1:
+            raise ValueError(f"--teacher-sigma {args.teacher_sigma:g}: under --diffusion {args.diffusion} it is a time, at most 1")
+        if not all(v > 0 for v in positive) or max(args.teacher_momentum, args.centre_momentum) > 1:
             raise ValueError("temperatures, --teacher-sigma, --prototypes and --head-width must be above 0, momenta at most 1")
         self.args, self.diffusion, self.step, self.null_label = args, diffusion, 0, network["num_classes"]
         decoder = args.decoder or ((2, 128, 4) if network["hidden_size"] == 128 else (8, 512, 16))
@@ -195,7 +198,6 @@ class SDDiT(nn.Module):
         for k, kind in enumerate(self.kinds):
             vectors, prototypes = self.head(student[kind])
             target, target_prototypes = self.teacher_head(teacher[kind])
-            prototypes = prototypes.detach() if self.step < args.freeze_steps else prototypes
             with torch.autocast(vectors.device.type, enabled=False):
                 others = (prototypes, target_prototypes, self.centre[k], args.student_temperature, tau_t)
                 cross, entropy, choice = chunked_cross_entropy(vectors, target, *others)
@@ -205,13 +207,15 @@ class SDDiT(nn.Module):
             terms |= {kind: cross.mean(), f"{kind}_entropy": entropy.mean(), f"{kind}_kl": (cross - entropy).mean()}
             terms |= {f"{kind}_centre": self.centre[k].norm(), f"{kind}_used": used}
         self.micro_batches += 1
-        return total + 0 * self.head.weight.sum(), terms  # DDP wants a gradient of the frozen prototypes too
+        return total, terms
 
     @torch.no_grad()
     def after_step(self, step, steps):
         """Teacher and its head follow the student; centres follow the mean logits of all micro-batches and processes."""
         if self.args.align_weight == 0:
             return
+        if step < self.args.freeze_steps:  # undone here: zero gradients would leave Adam's moments unfit for the first real one
+            self.head.weight.copy_(self.teacher_head.weight)
         momentum = momentum_at(step, steps, self.args.teacher_momentum, self.args.teacher_momentum_schedule)
         for teacher, student in ((self.teacher, self.model), (self.teacher_head, self.head)):
             student = dict(student.named_parameters())

@@ -14,7 +14,7 @@ Commands; running one again resumes it from its newest checkpoint
     torchrun --nproc_per_node=8 train_mdt.py --data imagenet/train --image-size 256 --model DiT-XL/8 --steps 2000000           8 GPUs
     torchrun --nproc_per_node=8 train_mdt.py --data imagenet/train --image-size 256 --model DiT-XL/8 --steps 100000 --lr 5e-5
         --batch-size 512 --mask-ratio 0 --init-from results/train_mdt/checkpoints/2000000.pt --out results/unmasked            then tuning
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_mdt.py ...          4 nodes (512 px), on all
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_mdt.py ...          2 nodes, on both
 `--mask-ratio 0` from the start trains the same network unmasked: the fair baseline of this script.
 
 Implementation details ("M" is models/maskdit.py of the official repository at 73cfb96)
@@ -23,14 +23,14 @@ Implementation details ("M" is models/maskdit.py of the official repository at 7
  3. Bridge: LayerNorm, adaLN, linear, both zero at first; then the mask token, then the decoder's own positions [M:195-213, 538-545].
  4. The reconstruction's target is the noisy input (not x_0), its prediction D, not F; weight 0.1 [train_utils/loss.py:52, 91-94].
  5. Sampling drops nothing. The released numbers have guidance 1.5 on all channels, EDM's Heun with 40 steps, no interval.
- 6. Batch 1024, AdamW 1e-4, no gradient clipping, EMA 0.9999 without warm-up are the defaults here. Tuning: batch 512, lr 5e-5 [configs].
+ 6. Defaults: batch 1024, AdamW 1e-4, no gradient clipping, no flips, EMA 0.9999 without warm-up. Tuning: batch 512, lr 5e-5 [configs].
  7. `--mask-schedule`: constant, linear r (1 - x), or cosineK, r cos^K(pi x / 2), x = step / steps; cosine4 is the second official tuning.
  8. With no token left to hide, the loss is plain EDM's. The official cosine run divides 0 by 0 in its last steps and saves NaN.
 
 Differences from the official code
  1. Its rewrite of 2024 lost shuffling, and all its ranks draw the same noise, masks and sigmas; ours do neither.
  2. The null label is a row of the label table, not an all-zero vector; loading official weights makes that row zero. 3. bf16, not fp16.
- 4. No VAE latents yet: images are pixels, so the patch has to grow with the resolution. 5. Resuming goes on with the mask schedule.
+ 4. No VAE latents yet, so no 512 px: images are pixels, whose patch grows with the resolution. 5. Resuming goes on with the schedule.
 """
 
 import argparse
@@ -59,7 +59,7 @@ import torch.nn.functional as F
 
 from models import MaskedDiT, frozen_copy, load_official
 
-DEFAULTS = {"diffusion": "edm", "batch_size": 1024, "clip_grad": 0.0, "ema_warmup": False}
+DEFAULTS = {"diffusion": "edm", "batch_size": 1024, "clip_grad": 0.0, "ema_warmup": False, "flip": False}
 
 
 def method_arguments(parser):
@@ -68,7 +68,7 @@ def method_arguments(parser):
     add("--mask-schedule", default="constant", help="constant, linear, or cosineK, e.g. cosine4")
     add("--mae-weight", type=float, default=0.1, help="weight of the reconstruction of hidden patches")
     add("--decoder", type=int, nargs=3, metavar=("DEPTH", "WIDTH", "HEADS"), help="default 8 512 16; 2 128 4 for Ti")
-    add("--init-from", help="start from the weights and EMA of this checkpoint (ours, or official MaskDiT) with a fresh optimizer")
+    add("--init-from", help="start from weights and EMA of this checkpoint of ours (or official: latents only), fresh optimizer")
 
 
 def mask_ratio_at(step, steps, ratio, schedule):
@@ -116,27 +116,27 @@ class MaskDiT(nn.Module):
         decoder = args.decoder or ((2, 128, 4) if network["hidden_size"] == 128 else (8, 512, 16))
         self.model = MaskedDiT(decoder=decoder, **network)
         self.ema = frozen_copy(self.model)
-        if args.init_from:
-            self.start_from(args.init_from, network["num_heads"])
+        if args.init_from and not any(Path(args.out, "checkpoints").glob("*.pt")):  # else the run resumes from its own
+            self.start_from(args.init_from, network["num_heads"], args.diffusion)
 
-    def start_from(self, path, num_heads):
+    def start_from(self, path, num_heads, diffusion):
         """Weights and EMA of a checkpoint of this script, or of the official code. Raises ValueError with one line."""
         try:
             saved = load_checkpoint(Path(path))
+            network, kind = saved["args"]["network"], saved["args"]["diffusion"]
         except ValueError:
-            saved = {part: load_official(path, "maskdit", num_heads, part)[0].state_dict() for part in ("model", "ema")}
-        for part in ("model", "ema"):
-            mine = getattr(self, part)
-            wrong = [k for k, v in mine.state_dict().items() if k not in saved[part] or saved[part][k].shape != v.shape]
-            if wrong or len(saved[part]) != len(mine.state_dict()):
-                raise ValueError(f"--init-from {path} holds another network: {', '.join(wrong[:3]) or 'it has more layers'}")
-            mine.load_state_dict(saved[part])
+            official = [load_official(path, "maskdit", num_heads, part)[0] for part in ("model", "ema")]
+            saved, network, kind = {k: m.state_dict() for k, m in zip(("model", "ema"), official)}, official[0].config, "edm"
+        unlike = [k for k, v in self.model.config.items() if network.get(k, v) != v] + ["diffusion"] * (kind != diffusion)
+        if unlike or set(saved["model"]) != set(self.model.state_dict()):
+            raise ValueError(f"--init-from {path} holds another network: it differs in {', '.join(unlike) or 'its layers'}")
+        self.model.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
 
     def forward(self, x0, y, t=None, noise=None, drop=None, mask=None):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop (N,), mask (N, T) from U(0, 1).
 
-        The int(T (1 - ratio)) tokens with the smallest mask draws are kept.
-        """
+        The int(T (1 - ratio)) tokens with the smallest mask draws are kept."""
         n, p = len(x0), self.model.patch_size
         tokens = (x0.shape[2] // p) ** 2
         t = self.diffusion.draw_t(n, x0.device) if t is None else t

@@ -332,16 +332,21 @@ def test_detached_encoder_learns_from_the_discriminative_loss_only():
 
 def test_prototypes_are_frozen_at_first():
     method, (x0, y, d) = small("--freeze-steps", "5"), draws()
+    method.teacher_head.load_state_dict(method.head.state_dict())  # as at the start of a run
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=0.1, weight_decay=0.0)
     before = method.head.weight.detach().clone()
     for step in range(6):
         method.step = step
         method(x0, y, **d)["loss"].backward()
-        assert (method.head.weight.grad.abs().sum() > 0) == (step == 5)
-        assert method.head.mlp[0].weight.grad.abs().sum() > 0
+        assert method.head.weight.grad.abs().sum() > 0 and method.head.mlp[0].weight.grad.abs().sum() > 0
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            method.after_step(step, 100)
         assert torch.equal(method.head.weight, before) == (step < 5)
+        assert torch.equal(method.teacher_head.weight, before) == (step < 5)
+    moved = (method.head.weight - before).abs().max().item()
+    assert moved < 0.2  # about one learning rate: Adam's moments have seen real gradients all along
 
 
 def test_teacher_momentum():
@@ -349,7 +354,7 @@ def test_teacher_momentum():
     assert math.isclose(momentum_at(100, 100, 0.996, "cosine"), 1) and momentum_at(70, 100, 0.9, "constant") == 0.9
     constant = ["--teacher-momentum-schedule", "constant"]
     for flags, m in ((["--teacher-momentum", "0.9"], momentum_at(3, 10, 0.9, "cosine")), (constant, 0.996)):
-        method, (x0, y, d) = small(*flags), draws()
+        method, (x0, y, d) = small("--freeze-steps", "0", *flags), draws()
         pairs = [(part, name) for part in ("teacher", "teacher_head") for name, _ in getattr(method, part).named_parameters()]
         source = {"teacher": method.model, "teacher_head": method.head}
         expected = [m * getattr(method, a).get_parameter(n) + (1 - m) * source[a].get_parameter(n).detach() for a, n in pairs]

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from test_training import TINY, assert_same, checkpoint, log_lines, run, terminate_after
 
@@ -58,3 +59,27 @@ def test_two_processes_then_sampling(tmp_path, mode):
     run(ROOT / "sample.py", "--ckpt", tmp_path / "run", "--num", 3, "--steps", 2, "--guidance", 1.5, "--out", tmp_path / "samples")
     with np.load(tmp_path / "samples" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 16, 16, 3)
+
+
+def test_unmasked_tuning_starts_from_weights_and_ema(tmp_path):
+    """MaskDiT's second stage: weights and EMA of the first, each its own, a fresh optimizer; it resumes without the first one's file."""
+    run_in_process("train_mdt", tmp_path / "first", "--steps", "3")
+    first = checkpoint(tmp_path / "first", 3)
+    assert any((first["model"][k] != first["ema"][k]).any() for k in first["model"])
+    start = ["--mask-ratio", "0", "--init-from", str(tmp_path / "first" / "checkpoints" / "0000003.pt")]
+    run_in_process("train_mdt", tmp_path / "still", "--steps", "1", *start, "--lr", "0")
+    still = checkpoint(tmp_path / "still", 1)
+    assert_same(still["model"], first["model"])
+    assert still["step"] == 1 and all(state["step"] == 1 for state in still["optimizer"]["state"].values())
+    assert torch.allclose(still["ema"]["blocks.0.mlp.fc1.weight"], first["ema"]["blocks.0.mlp.fc1.weight"], atol=1e-4)
+    assert not torch.equal(still["ema"]["blocks.0.mlp.fc1.weight"], first["model"]["blocks.0.mlp.fc1.weight"])
+    run_in_process("train_mdt", tmp_path / "a", "--steps", "6", *start)
+    run_in_process("train_mdt", tmp_path / "b", "--steps", "6", *start, interrupt_at=2)
+    (tmp_path / "first" / "checkpoints" / "0000003.pt").rename(tmp_path / "moved.pt")
+    run_in_process("train_mdt", tmp_path / "b", "--steps", "6", *start)
+    assert_same(checkpoint(tmp_path / "a", 6)["model"], checkpoint(tmp_path / "b", 6)["model"])
+    start[-1] = str(tmp_path / "moved.pt")
+    for flags in (["--diffusion", "flow"], ["--decoder", "2", "128", "2"], ["--qk-norm"]):
+        with pytest.raises(SystemExit) as stop:
+            run_in_process("train_mdt", tmp_path / "other", "--steps", "1", *start, *flags)
+        assert stop.value.code == 2

@@ -117,6 +117,16 @@ def test_dropped_tokens_are_really_dropped_and_hidden_values_reach_nothing():
         assert not torch.equal(method.model(x0 + 0.1 * (1 - pixels), d["t"], y, ids_keep), a)
 
 
+def test_hidden_values_reach_the_denoised_output_through_c_skip():
+    method, (x0, y, d) = small(), draws()
+    x_t = EDM().add_noise(x0, d["noise"], d["t"])
+    with torch.no_grad():
+        out = method.model(*EDM().net_inputs(x_t, d["t"]), y, d["mask"].argsort(1)[:, :8])
+    changed = EDM().denoise(out, x_t + 1, d["t"]) - EDM().denoise(out, x_t, d["t"])
+    c_skip = EDM().preconditioning(d["t"])[0]
+    torch.testing.assert_close(changed, c_skip.reshape(-1, 1, 1, 1).expand_as(changed), rtol=1e-4, atol=1e-5)
+
+
 def test_losses_against_their_definition():
     """Each term, literally: patch by patch in Python."""
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +168,7 @@ def test_every_trainable_parameter_has_a_gradient(flags):
     method(x0, y, **d)["loss"].backward()
     for name, parameter in method.model.named_parameters():
         assert parameter.grad is not None, name
-        if name != "mask_token" or "0" not in flags:
+        if name != "mask_token" or "--mask-ratio" not in flags or "0" not in flags:
             assert parameter.grad.abs().sum() > 0, name
     assert all(p.grad is None for p in method.ema.parameters())
 
@@ -178,6 +188,7 @@ def test_kept_count_is_truncated_and_masks_differ_by_image():
     method, (x0, y, d) = small("--mask-ratio", "0.45"), draws()
     seen = []
     method.model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[3]))
+    del d["mask"]  # the method's own draw
     method(x0, y, **d)
     assert seen[0].shape == (4, 8)  # int(16 * 0.55) = 8
     assert len({tuple(sorted(row.tolist())) for row in seen[0]}) == 4
@@ -206,4 +217,7 @@ def test_refusals():
         small("--mask-ratio", "1")
     with pytest.raises(ValueError, match="cannot be read"):
         small("--init-from", "/nowhere.pt")
+    for decoder in (("1", "30", "2"), ("1", "32", "5"), ("1", "0", "1"), ("0", "32", "2")):
+        with pytest.raises(ValueError, match="all at least 1"):
+            small("--decoder", *decoder)
     assert train_mdt.parse_args([]).clip_grad == 0 and train_mdt.parse_args([]).batch_size == 1024
