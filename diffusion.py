@@ -30,7 +30,7 @@ def per_image(values, x):
     return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-# Processes ------------------------------------------------------------------------------------------------------------------------------
+# Processes
 
 
 class Diffusion:
@@ -297,7 +297,7 @@ def make_diffusion(name, clip=False):
     return Flow("linear" if name == "flow" else name)
 
 
-# Guidance -------------------------------------------------------------------------------------------------------------------------------
+# Guidance
 
 
 class Guided:
@@ -331,7 +331,7 @@ class Guided:
         return torch.cat([guided, conditional[:, k:]], 1)
 
 
-# Samplers -------------------------------------------------------------------------------------------------------------------------------
+# Samplers
 
 
 class ImageNoise:

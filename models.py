@@ -319,7 +319,7 @@ def image_grid(images, columns):
     return Image.fromarray(rows.transpose(1, 2).flatten(2, 3).flatten(0, 1).numpy())
 
 
-# Files ----------------------------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def write_atomically(path, write):
@@ -387,7 +387,7 @@ def on_rank_0(work):
     return result[0]
 
 
-# Official checkpoints -------------------------------------------------------------------------------------------------------------------
+# Official checkpoints
 
 SOURCES = ("dit", "sit", "repa", "sra", "maskdit")
 TRAINING_HEADS = ("ap_head.", "projectors.")  # SRA's and REPA's heads, unused in sampling

@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add("--ckpt", type=Path, required=True, help="a checkpoint, or the --out folder of a training run")
     add("--official", choices=SOURCES, help="the checkpoint is of that official repository ('dit' also for SRA's DiT)")
     add("--model", help="official checkpoints: DiT-SIZE/PATCH")
-    add("--diffusion", choices=DIFFUSIONS, help="official checkpoints (default: ddpm for dit, else flow)")
+    add("--diffusion", choices=DIFFUSIONS, help="official checkpoints (default: ddpm for dit, edm for maskdit, else flow)")
     add("--weights", choices=("ema", "model"), default="ema")
     add("--out", type=Path, default=Path("samples"))
     add("--num", "--num-samples", type=int, default=1000)
@@ -121,7 +121,7 @@ def load_network(args, path):
         unlike = [f"{k} {net.config[k]}" for k in shape if net.config[k] != shape[k]]
         if unlike:
             raise ValueError(f"{path} is not a {args.model}: it has {', '.join(unlike)}")
-        name = args.diffusion or ("ddpm" if args.official == "dit" else "flow")
+        name = args.diffusion or {"dit": "ddpm", "maskdit": "edm"}.get(args.official, "flow")
         diffusion = make_diffusion(name)
         if diffusion.learned_variance != net.config["learn_sigma"]:
             raise ValueError(f"{path} has {net.out_channels} output channels, which does not fit --diffusion {name}")

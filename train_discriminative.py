@@ -33,7 +33,7 @@ Where the defaults come from: [P] the paper, [2nd] later papers on it, [inferred
  6. Batch 256, AdamW 1e-4, no clipping (iBOT clips at 3), EMA 0.9999 without warm-up, 2.4 million steps [inferred from 480 epochs, 2nd].
     Sampling: EMA of the student on all tokens, Heun with 40 steps [inferred].
 Ours besides: centres follow the visible tokens of all micro-batches and ranks, once a step. Logits (TF32 on GPUs) and softmax in fp32, in
-recomputed chunks: N T K logits never exist at once. No VAE latents yet: images are pixels, so the patch has to grow with the resolution.
+recomputed chunks: N T K logits never exist at once. No VAE latents yet: images are pixels, 1,024 tokens at 256 px and patch 8, not 256.
 Not here: terms by noise level or by null label, a decoder made of the last encoder blocks, clipping of the head alone.
 """
 

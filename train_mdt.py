@@ -30,7 +30,7 @@ Implementation details ("M" is models/maskdit.py of the official repository at 7
 Differences from the official code
  1. Its rewrite of 2024 lost shuffling, and all its ranks draw the same noise, masks and sigmas; ours do neither.
  2. The null label is a row of the label table, not an all-zero vector; loading official weights makes that row zero. 3. bf16, not fp16.
- 4. No VAE latents yet, so no 512 px: images are pixels, whose patch grows with the resolution. 5. Resuming goes on with the schedule.
+ 4. No VAE latents yet, so no 512 px: images are pixels, 1,024 tokens at 256 px and patch 8, not 256. 5. Resuming goes on with the schedule.
 """
 
 import argparse

@@ -32,7 +32,7 @@ Implementation details (S/ and D/ are SiT-SRA/ and DiT-SRA/ of the official repo
 Differences from the official code
  1. Its EMA starts from another random network on every rank, so most teachers are wrong at first; ours is equal everywhere from step 0.
  2. Its teacher runs all blocks, in fp32. 3. It trains in fp16, we in bf16. 4. EMA warm-up; `--no-ema-warmup`: the paper's 0.9999.
- 5. No VAE latents yet: images are pixels, so the patch has to grow with the resolution (the paper: 256 px latents, patch 2).
+ 5. No VAE latents yet: images are pixels; 256 px at patch 8 are 1,024 tokens, where the paper's latents at patch 2 are 256.
 """
 
 import argparse
@@ -61,7 +61,7 @@ import torch.nn.functional as F
 
 from models import DiT, frozen_copy
 
-DEFAULTS = {}  # scaffold flags that this paper sets otherwise: none
+DEFAULTS = {}  # scaffold flags set otherwise: none; the paper's run also passes --no-flip --no-ema-warmup
 
 DISTANCES = {  # each (N, T, D) x (N, T, D) -> scalar; S/loss.py
     "smooth-l1": lambda a, b: F.smooth_l1_loss(a, b, beta=0.05),

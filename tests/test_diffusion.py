@@ -17,7 +17,7 @@ def replay(noises):
     return iter(noises).__next__
 
 
-# Official reference values --------------------------------------------------------------------------------------------------------------
+# Official reference values
 
 
 def test_sit_transport(golden):
@@ -164,7 +164,7 @@ def test_ddpm(golden):
     g.all_checked()
 
 
-# Closed forms ---------------------------------------------------------------------------------------------------------------------------
+# Closed forms
 
 
 class Mixture:
@@ -297,7 +297,7 @@ def test_training_times():
     assert t.dtype == torch.int64 and t.min() == 0 and t.max() == 999
 
 
-# Guidance and draws ---------------------------------------------------------------------------------------------------------------------
+# Guidance and draws
 
 
 def test_guidance_costs_one_forward_at_scale_one_and_outside_the_interval():

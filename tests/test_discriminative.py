@@ -61,7 +61,7 @@ def network(**options):
     return model
 
 
-# The network ----------------------------------------------------------------------------------------------------------------------------
+# The network
 
 
 @pytest.mark.parametrize("class_token", [False, True])
@@ -126,7 +126,7 @@ def test_parameter_counts():
         assert sum(p.numel() for p in head.mlp.parameters()) == 385 * 2048 + 2049 * 2048 + 2049 * 256 and head.weight.shape == (8192, 256)
 
 
-# The losses -----------------------------------------------------------------------------------------------------------------------------
+# The losses
 
 
 @pytest.mark.parametrize("summary", ["token", "none"])
@@ -302,7 +302,7 @@ def test_bf16_keeps_losses_in_fp32_and_close():
         torch.testing.assert_close(terms[name], exact[name], rtol=0.05, atol=0.05)
 
 
-# Teacher, centres, gradients ------------------------------------------------------------------------------------------------------------
+# Teacher, centres, gradients
 
 
 @pytest.mark.parametrize("flags", [*MODES.values(), ["--align-weight", "0"]], ids=[*MODES, "off"])
@@ -443,7 +443,7 @@ def test_two_processes_agree_in_every_mode(tmp_path):
         assert all(torch.equal(v, b[2][k]) for k, v in a[2].items())
 
 
-# The script -----------------------------------------------------------------------------------------------------------------------------
+# The script
 
 
 def test_a_fifth_of_the_tokens_is_hidden():

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import recipe_tensor
 
+import sample
 import train_mdt
-from diffusion import EDM, Guided, make_diffusion
+from diffusion import EDM, Guided, ImageNoise, make_diffusion, sample_ode
 from models import MaskedDiT, build_model, load_official, position_embedding
 from train_mdt import MaskDiT, mask_ratio_at, parse_args, patchify, reconstruction_loss, visible_loss
 
@@ -46,6 +48,24 @@ def test_maskdit_forward(golden, tmp_path):
         everything = torch.arange(16).expand(4, 16)
         torch.testing.assert_close(model(net_in, net_t, y, everything.flip(1)), full, rtol=1e-4, atol=5e-5)  # any order, nothing hidden
     g.all_checked()
+
+
+def test_official_weights_are_sampled_as_edm(tmp_path):
+    """sample.py knows the noise process of official MaskDiT weights, and its images are those of the network under EDM."""
+    model = MaskedDiT(decoder=(2, 32, 16), input_size=8, patch_size=2, in_channels=4, hidden_size=128, depth=6, num_heads=4, num_classes=10)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(recipe_tensor("official", name, tuple(parameter.shape)))
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    table = "model.y_embedder.embedding_table.weight"
+    state[table] = state[table][:-1].T.contiguous()
+    torch.save({"model": state, "ema": state}, tmp_path / "maskdit.pt")
+    flags = ["--ckpt", tmp_path / "maskdit.pt", "--official", "maskdit", "--model", "DiT-Ti/2", "--num", 2, "--steps", 3, "--latents"]
+    sample.main(sample.parse_args(list(map(str, [*flags, "--out", tmp_path / "out"]))))
+    draw = ImageNoise(0, range(2), (4, 8, 8))
+    noise, y = draw(), draw.choice(range(10))
+    expected = sample_ode(model, EDM(), noise, y, 3).float()
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        torch.testing.assert_close(torch.from_numpy(arrays["arr_0"]), expected, rtol=1e-4, atol=1e-4)
 
 
 def method_for(golden, tmp_path, *flags):

@@ -86,7 +86,7 @@ def terminate_after(step, method=SRA):
     return Interrupted
 
 
-# Resuming -------------------------------------------------------------------------------------------------------------------------------
+# Resuming
 
 
 DDPM_RUN = ["--diffusion", "ddpm", "--micro-batch", "2", "--qk-norm", "--warmup", "6", "--no-ema-warmup"]
@@ -181,7 +181,7 @@ def test_ema_follows_its_recursion(tmp_path):
         torch.testing.assert_close(saved[name].double(), value, rtol=1e-5, atol=1e-7)
 
 
-# Several processes ----------------------------------------------------------------------------------------------------------------------
+# Several processes
 
 
 def free_port():
@@ -344,7 +344,7 @@ def test_sigterm_to_every_process_saves_and_exits_cleanly(tmp_path):
     assert f"step {step} of 100000" in out and "goes on from here" in out and checkpoint(tmp_path, step)["step"] == step
 
 
-# Data -----------------------------------------------------------------------------------------------------------------------------------
+# Data
 
 
 def order_of(world, micro_batch, start=0, **changes):
@@ -422,7 +422,7 @@ def test_workers_and_main_process_read_the_same(tmp_path):
     assert_same(checkpoint(tmp_path / "0", 3)["model"], checkpoint(tmp_path / "2", 3)["model"])
 
 
-# Faults ---------------------------------------------------------------------------------------------------------------------------------
+# Faults
 
 
 def test_not_finite_stops_with_step_rank_and_terms_and_saves_nothing(tmp_path, capfd):
