@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 CORE = {case["case"]: case for case in json.loads((GOLDENS / "manifest_core.json").read_text())}
 EVAL = {case["case"]: case for case in json.loads((GOLDENS / "manifest_eval.json").read_text())}
+STATE_DICTS = json.loads((GOLDENS / "eval_state_dicts.json").read_text())
 
 
 def recipe_draw(*key):
@@ -62,8 +63,8 @@ class Golden:
             if name not in ("pos_embed", "decoder_pos_embed")
         }
 
-    def check(self, name, value):
-        tol = self.meta["outputs"][name].get("tol", self.meta["tolerance"])
+    def check(self, name, value, **tolerance):
+        tol = {**self.meta["tolerance"], **self.meta["outputs"][name].get("tol", {}), **tolerance}
         expected = self.outputs[name]
         value = torch.as_tensor(value)
         assert tuple(value.shape) == tuple(expected.shape), f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
@@ -75,6 +76,38 @@ class Golden:
         assert self.checked | set(but) == set(self.outputs), f"not compared: {set(self.outputs) - self.checked - set(but)}"
 
 
+class EvalGolden(Golden):
+    """A case of README_eval: inputs are drawn by its recipe, weights come with their kinds; gradients have a tolerance of their own."""
+
+    def __init__(self, case):
+        self.meta = EVAL[case]
+        arrays = np.load(GOLDENS / self.meta["file"])
+        self.config, self.salt = self.meta.get("config", {}), self.meta["salt"]
+        self.outputs = {name: torch.from_numpy(arrays[name]) for name in self.meta["outputs"]}
+        self.inputs, self.checked = {}, set()
+        for name, spec in self.meta["inputs"].items():
+            if isinstance(spec, list):
+                self.inputs[name] = torch.tensor(spec)
+            elif isinstance(spec, dict) and spec["rule"] == "normal":
+                self.inputs[name] = self.draw(name, spec["shape"], spec.get("case", case))
+
+    def draw(self, name, shape, case=None):
+        """An input by the recipe: standard normal float32."""
+        values = recipe_draw(self.salt, case or self.meta["case"], name).standard_normal(shape)
+        return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+    def weights(self, state_dict=None, salt=None):
+        """State dict by the recipe, without what keeps its constructor's value (pos_embed)."""
+        spec = STATE_DICTS[state_dict or self.meta["state_dict"]]
+        spec = STATE_DICTS[spec["same_as"]] if "same_as" in spec else spec
+        return {n: recipe_tensor(salt or self.salt, n, shape, kind) for n, (shape, kind) in spec.items() if kind != "keep"}
+
+
 @pytest.fixture
 def golden():
     return Golden
+
+
+@pytest.fixture
+def eval_golden():
+    return EvalGolden

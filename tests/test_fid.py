@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import EVAL, GOLDENS, ROOT, recipe_draw, recipe_tensor
+from conftest import EVAL, GOLDENS, ROOT, STATE_DICTS, recipe_draw, recipe_tensor
 from PIL import Image
 
 import fid
@@ -42,7 +42,7 @@ def inception_images(case):
 
 @pytest.fixture(scope="module")
 def inception_weights():
-    names = json.loads((GOLDENS / "eval_state_dicts.json").read_text())["inception"]
+    names = STATE_DICTS["inception"]
     weights = {}
     for name, (shape, kind) in names.items():
         gain = 1.0 if name == "fc.weight" else math.sqrt(2)
