@@ -149,15 +149,33 @@ class DiT(nn.Module):
     """Diffusion transformer. `config` holds the constructor arguments as plain values, for checkpoints.
 
     learn_sigma doubles the output channels (DDPM). input_size is the side of the square input, a multiple of patch_size.
+
+    long_residual: DiverseDiT's residuals from the first half to the second (arXiv 2603.04239), for an even depth L. Early and late meet as
+    z = Linear(LayerNorm(concat(late, early))), which replaces the stream. "pre" (the paper's Eq. 8): the one after block i, 0 .. L/2 - 1,
+    meets what enters block L - i. "post" (the released code): the one after block j, 1 .. L/2, meets what leaves block L + 1 - j.
     """
 
     def __init__(
-        self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, learn_sigma=False, qk_norm=False
+        self,
+        input_size,
+        patch_size,
+        in_channels,
+        hidden_size,
+        depth,
+        num_heads,
+        num_classes,
+        learn_sigma=False,
+        qk_norm=False,
+        long_residual="none",
     ):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__") and (k, v) != ("long_residual", "none")}
         if input_size % patch_size:
             raise ValueError(f"input size {input_size} is not divisible by the patch size {patch_size}")
+        if long_residual not in ("none", "pre", "post"):
+            raise ValueError(f"unknown long residual {long_residual!r}: choose none, pre or post")
+        if long_residual != "none" and depth % 2:
+            raise ValueError(f"long residuals need an even number of blocks, not {depth}")
         self.patch_size = patch_size
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
@@ -165,12 +183,15 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         self.register_buffer("pos_embed", position_embedding(hidden_size, input_size // patch_size))
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
+        self.long_residual, fused = long_residual, depth // 2 if long_residual != "none" else 0
+        self.skip_norms = nn.ModuleList(nn.LayerNorm(2 * hidden_size, eps=1e-6) for _ in range(fused))
+        self.skip_linears = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(2 * hidden_size, hidden_size)}) for _ in range(fused))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.init_weights()
 
     def init_weights(self):
         """DiT's initialisation: Xavier for linear layers and patches, N(0, 0.02) for label table and time MLP, and zeros for adaLN and the
-        last layer, so that every block starts as the identity and the output as zero.
+        last layer, so that every block starts as the identity and the output as zero. (Long residuals are plain Xavier, no identity.)
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -200,25 +221,43 @@ class DiT(nn.Module):
         x = tokens.view(len(tokens), side, side, p, p, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, side * p, side * p)
 
+    def long_residual_at(self, k, x, early):
+        """At block k, x (N, T, D): the first half leaves x in `early`, last in first out; the second half fuses with it, norm in fp32."""
+        if k <= len(self.blocks) // 2:
+            early.append(x)
+            return x
+        norm, linear = (layers[k - 1 - len(self.blocks) // 2] for layers in (self.skip_norms, self.skip_linears))
+        both = torch.cat([x, early.pop()], 2).float()  # (N, T, 2 D)
+        both = F.layer_norm(both, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        return linear["linear"](both.to(x.dtype)).to(x.dtype)
+
+    def streams(self, x, c):
+        """Embedded tokens (N, T, D) -> an iterator over (k, stream after block k), k = 0 .. depth; blocks run as they are asked for."""
+        yield 0, x
+        early = []
+        for k, block in enumerate(self.blocks, 1):
+            if self.long_residual == "pre":
+                x = self.long_residual_at(k, x, early)
+            x = block(x, c)
+            if self.long_residual == "post":
+                x = self.long_residual_at(k, x, early)
+            yield k, x
+
     def forward(self, x, t, y, features=()):
         """x (N, C, H, W), t (N,), y (N,) -> out (N, C_out, H, W); with features, block numbers 0 .. depth: (out, {k: tokens (N, T, D)})."""
         c = self.condition(t, y)
-        x = self.embed(x)
-        kept = {0: x}
-        for k, block in enumerate(self.blocks, 1):
-            x = block(x, c)
+        kept = {}
+        for k, tokens in self.streams(self.embed(x), c):
             if k in features:
-                kept[k] = x
-        out = self.unpatchify(self.final_layer(x, c))
+                kept[k] = tokens
+        out = self.unpatchify(self.final_layer(tokens, c))
         return (out, {k: kept[k] for k in features}) if features else out
 
     def tokens_after(self, x, t, y, block):
         """The stream (N, T, D) after that block; later blocks are not run."""
-        c = self.condition(t, y)
-        x = self.embed(x)
-        for b in self.blocks[:block]:
-            x = b(x, c)
-        return x
+        for k, tokens in self.streams(self.embed(x), self.condition(t, y)):
+            if k == block:
+                return tokens
 
 
 class MaskedDiT(DiT):
@@ -258,12 +297,11 @@ class MaskedDiT(DiT):
             tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))  # (N, K, D)
         if self.class_token is not None:
             tokens = torch.cat([self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)  # (N, 1 + K, D)
-        kept = {0: tokens}
-        for k, block in enumerate(self.blocks, 1):
-            tokens = block(tokens, c)
+        kept = {}
+        for k, stream in self.streams(tokens, c):
             if k in features:
-                kept[k] = tokens
-        return tokens, kept
+                kept[k] = stream
+        return stream, kept
 
     def encode(self, x, t, y, ids_keep=None):
         """The encoder alone, as a teacher runs it: its last tokens (N, [1 +] K, D), the class token first if there is one."""
@@ -390,7 +428,7 @@ def on_rank_0(work):
 # Official checkpoints
 
 SOURCES = ("dit", "sit", "repa", "sra", "maskdit")
-TRAINING_HEADS = ("ap_head.", "projectors.")  # SRA's and REPA's heads, unused in sampling
+TRAINING_HEADS = ("ap_head.", "projectors.", "projectors_final.")  # of SRA, REPA, Self-Transcendence; unused in sampling
 
 
 def reverse_time(state):
@@ -410,7 +448,8 @@ def reverse_time(state):
 def load_official(path, source, num_heads, weights="ema"):
     """Read a checkpoint of the official code: returns (DiT, notes), where notes says in sentences what was converted or left out.
 
-    source: "dit" (also SRA's DiT), "sit" (original SiT), "repa" or "sra" (SiT with time from data to noise), "maskdit".
+    source: "dit" (also SRA's DiT), "sit" (original SiT), "repa" or "sra" (SiT with time from data to noise: also Self-Transcendence and
+    DiverseDiT), "maskdit".
     weights: which entry to take of a training checkpoint, "ema" or "model"; a bare state dict is taken as it is.
     The architecture is read from the tensors; the number of heads cannot be, hence num_heads.
     Raises ValueError, one line, for an unreadable file and for missing or unexpected keys, all named.
@@ -454,6 +493,8 @@ def load_official(path, source, num_heads, weights="ema"):
     if source == "sit":
         reverse_time(state)
         notes.append("reversed time: t -> 1 - t, v -> -v")
+    if "skip_norms.0.weight" in state:
+        notes.append("long residuals: after the block, as in DiverseDiT's released code")
     masked = {}
     if source == "maskdit":
         rows = state["y_embedder.embedding_table.weight"].T  # a linear layer of one-hot labels: (hidden, classes)
@@ -471,6 +512,7 @@ def load_official(path, source, num_heads, weights="ema"):
         num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
         learn_sigma=learn_sigma,
         qk_norm=any(".q_norm." in name for name in state),
+        long_residual="post" if "skip_norms.0.weight" in state else "none",
     )
     ours = model.state_dict()
     missing, unexpected = sorted(set(ours) - set(state)), sorted(set(state) - set(ours))

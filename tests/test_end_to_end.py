@@ -19,6 +19,9 @@ MODES = {  # one line a mode that changes which parameters are used, or how
     "sd-dit": ("train_discriminative", SMALL_HEAD),
     "sd-dit mean, visible": ("train_discriminative", [*SMALL_HEAD, "--summary", "mean", "--gen-tokens", "visible", "--mask-ratio", "0.5"]),
     "sd-dit plain": ("train_discriminative", ["--align-weight", "0", "--mask-ratio", "0"]),
+    "diversedit": ("train_diversedit", ["--pair-layers", "4"]),
+    "diversedit post, sra": ("train_diversedit", ["--long-residual", "post", "--pairs", "all", "--align-weight", "0.2"]),
+    "diversedit plain": ("train_diversedit", ["--long-residual", "none", "--diversity-weight", "0"]),
 }
 
 

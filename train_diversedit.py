@@ -1,0 +1,539 @@
+"""DiverseDiT: diverse representation learning in diffusion transformers (Yang et al., CVPR 2026, arXiv 2603.04239).
+
+Blocks of a diffusion transformer learn much the same; the ones that differ help. Long residual connections from the first half of the
+blocks to the second give late blocks other inputs, and a loss on the blocks' own features makes them differ. No encoder, no teacher.
+
+    z     = Linear( LN( concat(f_{L-i-1}, f_i) ) ),  i = 0 .. L/2 - 1    enters block L - i in place of f_{L-i-1}              (Eq. 8)
+    mu_i  = mean of f_i over images and tokens                          f_i: stream after block i, P: pairs of 10 random blocks
+    orth  = mean over P of cos(mu_i, mu_j)                              MI = mean over P of | mean over tokens of cos(f_i, f_j) |
+    disp  = -min(1, 4 Var_k(a_k / max_k a_k)),   a_k = mean over blocks and tokens of |f_i,k| / ||f_i,k||     (norm over tokens)
+    L_div = (orth + MI + disp) / 3
+    w     = 1 if L_div > 0.5;  (L_div - 0.1) / 0.5 if 0.1 < L_div <= 0.5;  else 0                                         (after Eq. 15)
+    L     = L_denoise + w L_div
+
+Commands; running one again resumes it from its newest checkpoint
+    python train_diversedit.py --image-size 16 --model DiT-Ti/2 --steps 1000 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup    toy, CPU
+    torchrun --nproc_per_node=8 train_diversedit.py --data imagenet/train --image-size 256 --model SiT-XL/8                 8 GPUs, 256 px
+    torchrun --nproc_per_node=8 train_diversedit.py --data imagenet/train --image-size 512 --model SiT-XL/8 --micro-batch 8     and 512 px
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_diversedit.py ...       2 nodes, on both
+The paper's optimisation is the default: batch 256, AdamW 1e-4, clipping at 1, EMA 0.9999 from the first step, 400,000 steps, no flips.
+With SRA's loss on top, as in the paper's Table 9: `--align-weight 0.2`. Plain SiT: `--long-residual none --diversity-weight 0`.
+Logged: the three terms, `diversity` (L_div) and its `weight`; a run whose weight stays 0 has the loss switched off by its own rule.
+
+Implementation details (files of the official repository at 5fedda17; its research model is models/sit_2.py at ff92f9dd)
+ 1. Long residuals `pre` are the paper's Eq. 8 with f_0 the embedded input, and the research model's. `post`, the released models/sit.py,
+    fuses f_j (j = 1 .. L/2) after block L + 1 - j. No bypass: z replaces the stream. Plain Xavier, LayerNorm affine and in fp32.
+ 2. Pairs: the paper's supplement has 10 random layers and all 45 pairs of them; drawn anew in every step here, equal on all ranks, keyed
+    by the seed. `--pair-layers` as in Table A7. `--pairs anchor`: loss.py's list of the first 10 pairs, block 1 with 2 .. 11; beside REPA
+    at depth d it starts at block 10 - d: `--anchor-block 2` for d = 8, 5 for d = 5. `--pairs all`: all pairs of all blocks.
+ 3. Terms as in loss.py, which adds the absolute values, the factor 4 and the limit of disp, and 1/3 for the paper's 0.33. With the
+    paper's signed a_k the division by the largest entry is unbounded. `--term-weights`: orth, MI, disp; disp alone does not help (Table 7).
+ 4. disp is over the blocks of P, as in the paper; with `--pairs anchor` over all blocks, as in loss.py.
+ 5. The weight is not detached [train.py]: between 0.1 and 0.5 the gradient of w L_div is 4 L_div - 0.2 times that of L_div.
+    `--detach-weight`: 2 L_div - 0.2. Other bounds of Table 8 by `--weight-range`; its divisor is the upper bound, as 0.5 is in the paper.
+ 6. Each process has its own L_div and w, of its share of the batch [loss.py]. Both blocks of a pair get a gradient. No projection heads.
+ 7. SRA's loss [its defaults are those of train_sra.py]: smooth L1, student block -> EMA's block by depth, lower noise for the teacher.
+
+Differences from the official code
+ 1. As released, its train.py stops with an AttributeError, or, patched naively, silently drops the long residuals.
+ 2. loss.py branches on tensors for non-finite values, many times a step, and returns 0 then; here a non-finite loss stops the run.
+ 3. Its anchor list wraps round to the last blocks for d > 9 and pairs blocks with themselves in small networks; here that is refused.
+ 4. `--block-diversity-loss-coeff` does nothing there (later versions: a constant, with which the paper's Table 8 diverges):
+    `--diversity-weight`. 5. Features are kept for the chosen blocks only. 6. It trains in fp16, we in bf16.
+ 7. No VAE latents yet: images are pixels; 256 px at patch 8 are 1,024 tokens, where the paper's latents at patch 2 are 256.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
+from models import Block, image_grid, load_checkpoint, newest_checkpoint, on_rank_0, parse_model, to_uint8, write_atomically
+
+# --- method: DiverseDiT -----------------------------------------------------------------------------------------------------------------
+
+import torch.nn.functional as F
+
+from models import DiT, frozen_copy
+
+DEFAULTS = {"ema_warmup": False, "flip": False}
+
+
+def method_arguments(parser):
+    add = parser.add_argument_group("DiverseDiT").add_argument
+    add("--long-residual", choices=("pre", "post", "none"), default="pre", help="pre: the paper's equation; post: the released code")
+    add("--diversity-weight", type=float, help="constant weight in place of the paper's adaptive one; 0: no diversity loss")
+    add("--weight-range", type=float, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"), help="of L_div: weight 0 below, 1 above")
+    add("--detach-weight", action="store_true", help="no gradient through the adaptive weight")
+    add("--term-weights", type=float, nargs=3, default=(1 / 3, 1 / 3, 1 / 3), metavar=("ORTH", "MI", "DISP"))
+    add("--pairs", choices=("random", "anchor", "all"), default="random", help="which pairs of blocks are to differ")
+    add("--pair-layers", type=int, default=10, help="random: number of blocks drawn in a step")
+    add("--anchor-block", type=int, default=1, help="anchor: first block of the first of 10 pairs")
+    add("--align-weight", type=float, default=0.0, help="weight of SRA's alignment on top (SRA: 0.2)")
+    add("--student-block", type=int, help="SRA: block whose projected output is aligned (default: the paper's for the model)")
+    add("--teacher-block", type=int, help="SRA: block of the EMA it is aligned with (default: the paper's for the model)")
+    add("--time-gap", type=float, default=0.2, help="SRA: the teacher is up to this much nearer to the data, as a fraction of all time")
+
+
+def block_pairs(depth, pairs, anchor):
+    """Pairs (i, j), i < j, of blocks counted from 1: all, or ten as in the released loss.py, from (anchor, anchor + 1) on."""
+    chosen = [(i, j) for i in range(anchor if pairs == "anchor" else 1, depth + 1) for j in range(i + 1, depth + 1)]
+    return chosen[:10] if pairs == "anchor" else chosen
+
+
+def diversity_terms(features, pairs):
+    """orth, MI, disp (scalars) of features (K, N, T, D) over the pairs (K, K), 0 or 1, of those K blocks: Eq. 9-14 as in loss.py."""
+    f, count = features.float().flatten(1, 2), pairs.sum()  # (K, N T, D)
+    means = F.normalize(f.mean(1), dim=1, eps=1e-8)  # (K, D)
+    directions = F.normalize(f, dim=2, eps=1e-8).flatten(1)  # (K, N T D)
+    orth = ((means @ means.T) * pairs).sum() / count
+    mi = ((directions @ directions.T / f.shape[1]).abs() * pairs).sum() / count
+    activity = (f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-12)).mean(0)  # (D,)
+    disp = -((activity / (activity.max() + 1e-8)).var(unbiased=False) / 0.25).clamp(0, 1)
+    return orth, mi, disp
+
+
+def adaptive_weight(diversity, low, high):
+    """Weight of the diversity loss from its own value: after Eq. 15, for low 0.1 and high 0.5."""
+    between = torch.where(diversity > low, (diversity - low) / high, 0.0)
+    return torch.where(diversity > high, 1.0, between)
+
+
+def alignment_blocks(depth, ddpm):
+    """SRA's student and teacher block, as in train_sra.py: SRA section 3.2, Table 5."""
+    if depth == 28:
+        return (8, 16) if ddpm else (8, 20)
+    if ddpm and depth in (12, 24):
+        return depth // 4, 7 * depth // 12
+    return max(1, round(depth / 4)), round(2 * depth / 3)
+
+
+class DiverseDiT(nn.Module):
+    """`model` is trained, `ema` averages it: what is sampled, and SRA's teacher. The loop sets `step`, the number of finished steps."""
+
+    def __init__(self, args, network, diffusion):
+        super().__init__()
+        depth, D = network["depth"], network["hidden_size"]
+        self.args, self.diffusion, self.step, self.depth = args, diffusion, 0, depth
+        self.null_label = network["num_classes"]
+        self.model = DiT(**network, long_residual=args.long_residual)
+        self.ema = frozen_copy(self.model)
+        self.layers = min(args.pair_layers, depth) if args.pairs == "random" else depth  # blocks that the loss sees
+        if args.diversity_weight != 0:
+            if self.layers < 2 or not 1 <= args.anchor_block < depth:
+                raise ValueError(f"no pair of blocks: need --pair-layers 2 or more, and 1 <= --anchor-block < {depth} (the depth)")
+            if not 0 <= args.weight_range[0] < args.weight_range[1]:
+                raise ValueError(f"--weight-range {args.weight_range[0]} {args.weight_range[1]}: need 0 <= LOW < HIGH")
+            pairs = torch.zeros(self.layers, self.layers)
+            for i, j in block_pairs(self.layers, args.pairs, args.anchor_block):
+                pairs[i - 1, j - 1] = 1
+            self.register_buffer("pairs", pairs, persistent=False)
+        if args.align_weight > 0:
+            if args.diffusion == "edm":
+                raise ValueError("SRA is defined for --diffusion flow, gvp and ddpm; with edm only --align-weight 0")
+            student, teacher = alignment_blocks(depth, args.diffusion == "ddpm")
+            self.student_block = student if args.student_block is None else args.student_block
+            self.teacher_block = teacher if args.teacher_block is None else args.teacher_block
+            if not 1 <= self.student_block <= self.teacher_block <= depth:
+                blocks = f"{self.student_block} and {self.teacher_block}"
+                raise ValueError(f"student and teacher block {blocks}: need 1 <= student <= teacher <= {depth} (the depth)")
+            self.head = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D))
+            for layer in (self.head[0], self.head[2]):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def choose_layers(self):
+        """Blocks (counted from 1) that the loss sees in this step, in ascending order; equal on all ranks and in all micro-batches."""
+        if self.layers == self.depth:
+            return range(1, self.depth + 1)
+        rng = np.random.default_rng([self.args.seed, self.step])
+        return sorted((rng.permutation(self.depth)[: self.layers] + 1).tolist())
+
+    def forward(self, x0, y, t=None, noise=None, drop=None, u=None, layers=None):
+        """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1), and the
+        layers of the pairs, ascending."""
+        n, args = len(x0), self.args
+        t = self.diffusion.draw_t(n, x0.device) if t is None else t
+        noise = torch.randn_like(x0) if noise is None else noise
+        drop = torch.rand(n, device=x0.device) if drop is None else drop
+        u = torch.rand(n, device=x0.device) if u is None else u
+        layers = tuple(self.choose_layers() if layers is None else layers) if args.diversity_weight != 0 else ()
+        aligned = (self.student_block,) if args.align_weight > 0 else ()
+        y = torch.where(drop < args.label_drop, self.null_label, y)
+        x_t = self.diffusion.add_noise(x0, noise, t)
+        inputs = (*self.diffusion.net_inputs(x_t, t), y)
+        out, features = self.model(*inputs, features=layers + aligned) if layers + aligned else (self.model(*inputs), {})
+        denoise = self.diffusion.loss(out, x0, noise, t).mean()
+        total, terms = denoise, {"denoise": denoise}
+        if layers:
+            with torch.autocast(x0.device.type, enabled=False):
+                orth, mi, disp = diversity_terms(torch.stack([features[k] for k in layers]), self.pairs)
+            diversity = sum(a * b for a, b in zip(args.term_weights, (orth, mi, disp)))
+            weight = adaptive_weight(diversity, *args.weight_range)
+            if args.diversity_weight is not None:
+                weight = torch.full_like(weight, args.diversity_weight)
+            total = total + (weight.detach() if args.detach_weight else weight) * diversity
+            terms |= {"diversity": diversity, "orth": orth, "mi": mi, "disp": disp, "weight": weight}
+        if aligned:  # SRA, as in train_sra.py
+            earlier = (t - args.time_gap * u).clamp(0, 1)
+            if t.dtype == torch.int64:
+                earlier = (t - (u * round(1000 * args.time_gap)).long()).clamp(1, 999)
+            x_teacher = self.diffusion.add_noise(x0, noise, earlier)
+            with torch.no_grad():
+                target = self.ema.tokens_after(*self.diffusion.net_inputs(x_teacher, earlier), y, self.teacher_block)  # (N, T, D)
+            align = F.smooth_l1_loss(self.head(features[self.student_block]).float(), target.float(), beta=0.05)
+            total, terms = total + args.align_weight * align, {**terms, "align": align}
+        return {"loss": total, **terms}
+
+    def after_step(self, step, steps):
+        """Nothing to update: SRA's teacher is the EMA, which the loop keeps."""
+
+
+# --- end method -------------------------------------------------------------------------------------------------------------------------
+
+# The rest is the same in every training script: arguments, data, checkpoints, loop.
+
+SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each part, turn in degrees, size of the hole
+    "red circle": ((220, 40, 40), 64, [(1, 1)], 0, 0),
+    "green square": ((40, 170, 60), 4, [(1, 1)], 0, 0),
+    "blue triangle": ((40, 70, 220), 3, [(1, 1)], 0, 0),
+    "yellow bar": ((235, 195, 20), 4, [(1.2, 0.4)], 0, 0),
+    "purple pillar": ((140, 50, 180), 4, [(0.4, 1.2)], 0, 0),
+    "cyan ring": ((20, 180, 200), 64, [(1, 1)], 0, 0.55),
+    "orange cross": ((240, 130, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 0, 0),
+    "pink diamond": ((240, 90, 170), 4, [(1, 1)], 45, 0),
+    "brown frame": ((130, 80, 40), 4, [(1, 1)], 0, 0.55),
+    "black saltire": ((20, 20, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 45, 0),
+}
+
+
+def fail(message, every_rank=False):
+    """A user error: one line on stderr, exit code 2. What every rank sees, the first of each machine prints; the others wait for it."""
+    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, add, switch = fail, parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
+    add("--data", default="shapes", help="'shapes' (built in) or a folder of class folders of images")
+    add("--image-size", type=int, default=32, help="side in pixels; images are cropped as in ADM")
+    add("--flip", action=switch, default=True, help="mirror half of the images")
+    add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder of log.jsonl, samples/, checkpoints/")
+    add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
+    add("--diffusion", choices=DIFFUSIONS, default="flow")
+    add("--qk-norm", action=switch, default=False)
+    add("--steps", type=int, default=400_000)
+    add("--batch-size", type=int, default=256, help="global: over all processes and accumulated micro-batches")
+    add("--micro-batch", type=int, help="images per process and forward (default: all of the process's share)")
+    add("--lr", type=float, default=1e-4)
+    add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
+    add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
+    add("--ema-decay", type=float, default=0.9999)
+    add("--ema-warmup", action=switch, default=True, help="decay min(ema-decay, (1 + s) / (10 + s)) at step s")
+    add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
+    add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, fp32 on CPU)")
+    add("--compile", action=switch, default=False, help="torch.compile every transformer block")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, help="data-loading processes per rank (default: 8 on CUDA, 0 on CPU)")
+    add("--log-every", type=int, default=50)
+    add("--sample-every", type=int, default=10_000, help="steps between sample grids; 0: only at the end")
+    add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: only at the end")
+    method_arguments(parser)
+    parser.set_defaults(**DEFAULTS)
+    args = parser.parse_args(argv)
+    least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
+    most = {"ema_decay": 1, "label_drop": 1, "time_gap": 1, "mask_ratio": 1}
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value <= most.get(name, 2**63 - 1):
+            fail(f"--{name.replace('_', '-')} {value} is out of range")
+    return args
+
+
+def draw_shape(index, size):
+    """Image `index` of the built-in data, class index % 10: place, size, tilt and the grey behind it depend on the index alone."""
+    rng = np.random.default_rng(index)
+    colour, corners, parts, turn, hole = list(SHAPES.values())[index % len(SHAPES)]
+    centre, radius, grey = rng.uniform(0.46, 0.54, 2), rng.uniform(0.34, 0.42), (int(rng.integers(200, 245)),) * 3
+    tilt = np.radians(turn + rng.uniform(-5, 5))
+    image = Image.new("RGB", (4 * size, 4 * size), grey)
+    for (width, height), fill in [(part, colour) for part in parts] + [((hole, hole), grey)] * (hole > 0):
+        angles = 2 * np.pi * np.arange(corners) / corners + (np.pi / 4 if corners == 4 else 0)
+        x, y = width * np.sin(angles), -height * np.cos(angles)
+        points = np.stack([x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)], 1)
+        ImageDraw.Draw(image).polygon(list(map(tuple, 4 * size * (centre + radius * points))), fill=fill)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def center_crop(image, size):
+    """ADM's crop: halve with a box filter while the short side stays >= size, bicubic to size, cut out the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+class Images(torch.utils.data.Dataset):
+    """Items by (index, flip): uint8 (3, size, size) and label, or a message naming an unreadable file. Classes in alphabetical order."""
+
+    def __init__(self, data, size, rank, world):
+        self.size, self.classes, self.files, self.length = size, list(SHAPES), None, 20_000
+        if data == "shapes":
+            return
+        if not Path(data).is_dir():
+            fail(f"--data {data}: no such folder")
+        paths = [p for p in sorted(Path(data).glob("*/**/*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
+        if not paths:
+            fail(f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)")
+        names = [p.relative_to(data).parts[0] for p in paths]
+        self.classes = sorted(set(names))
+        labels = {name: k for k, name in enumerate(self.classes)}
+        self.files, self.length = [(str(p), labels[name]) for p, name in zip(paths, names)], len(paths)
+        for path, _ in self.files[rank::world]:  # headers only: this finds most bad files before training
+            try:
+                with Image.open(path) as image:
+                    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
+                        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+            except Exception as error:
+                fail(f"cannot read image {path}: {error}", every_rank=True)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        index, flip = key
+        path, label = self.files[index] if self.files else (None, index % len(SHAPES))
+        try:
+            image = center_crop(Image.open(path).convert("RGB"), self.size) if path else draw_shape(index, self.size)
+        except Exception as error:
+            return f"cannot read image {path}: {error}"
+        pixels = np.asarray(image).transpose(2, 0, 1)
+        return torch.from_numpy(np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)), label
+
+
+def collate(items):
+    """Images (N, 3, H, W) and labels (N,), or the first error: messages cross process boundaries as text."""
+    return next((item for item in items if isinstance(item, str)), None) or torch.utils.data.default_collate(items)
+
+
+def read_order(length, args, rank, world, start):
+    """The [(index, flip), ...] of each micro-batch of a rank from step `start` on: a pure function of (seed, epoch), so nothing is saved,
+    and the images of a step do not depend on how they are split.
+    """
+    share, current = args.batch_size // world, None
+    for step in range(start, args.steps):
+        epoch, place = divmod(step, length // args.batch_size)
+        if epoch != current:
+            rng, current = np.random.default_rng([args.seed, epoch]), epoch
+            order, flips = rng.permutation(length), rng.random(length) < 0.5
+        first = place * args.batch_size + rank * share
+        for a in range(first, first + share, args.micro_batch):
+            chosen = slice(a, a + args.micro_batch)
+            yield list(zip(order[chosen].tolist(), (flips[chosen] & args.flip).tolist()))
+
+
+def outlive_signals(worker):
+    """Loader processes go on for a minute after a signal to all processes, so that the training process can finish its step and save."""
+    os.setpgrp()
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
+def main(method_cls, args):
+    """Train method_cls(args, network, diffusion), an nn.Module with `model`, `ema`, forward(x0, y) -> {"loss": ..., ...}, after_step.
+
+    Every trainable parameter must get a gradient in every step (DDP). State below `frozen` is not saved.
+    """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    cuda, out = device.type == "cuda", Path(args.out)
+    if cuda and local >= torch.cuda.device_count():
+        fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
+    torch.set_float32_matmul_precision("high")
+    args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
+    accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
+    if rest or not accumulate:
+        fail(f"--batch-size {args.batch_size} is not divisible by {world} processes x --micro-batch {args.micro_batch}")
+    bf16 = (args.precision or ("bf16" if cuda else "fp32")) == "bf16"
+
+    data = Images(args.data, args.image_size, rank, world)
+    if len(data.classes) < 2 and args.label_drop > 0:
+        fail(f"--data {args.data} has one class folder, {data.classes[0]}: guidance needs two or more; or use --label-drop 0")
+    if len(data) < args.batch_size:
+        fail(f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}")
+
+    diffusion = make_diffusion(args.diffusion, clip=True)
+    torch.manual_seed(args.seed)
+    try:
+        network = {"input_size": args.image_size, "in_channels": 3, "num_classes": len(data.classes), **parse_model(args.model)}
+        method = method_cls(args, {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm}, diffusion).to(device)
+    except ValueError as error:
+        fail(error)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=cuda)
+
+    if world > 1:
+        if cuda:
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
+
+    def stored_state():  # all but a frozen teacher, which its own checkpoint holds
+        return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
+
+    def find_start():
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return newest_checkpoint(out / "checkpoints")
+
+    try:
+        path = on_rank_0(find_start)
+        saved = load_checkpoint(path, checked=True) if path else None
+    except ValueError as error:
+        fail(error)
+    step, rows = 0, []
+    if saved:
+        was = {k: saved["args"].get(k) for k in description if saved["args"].get(k) != description[k] and k not in ("out", "workers")}
+        changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", "classes")]
+        changed += ["other classes"] * ("classes" in was)
+        state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
+        if saved["step"] > args.steps:
+            fail(f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out")
+        if {"script", "classes", "network", "diffusion"} & set(was) or set(state) != set(stored_state()):
+            fail(f"{path} does not fit {', '.join(changed)}: use the flags it was made with, or another --out")
+        if changed and rank == 0:
+            print(f"resuming with {', '.join(changed)}", flush=True)
+        method.load_state_dict(state, strict=False)  # strict above
+        optimizer.load_state_dict(saved["optimizer"])
+        step, rows = saved["step"], saved["log"].tolist()
+        del saved, state
+    wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    if world > 1:
+        wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing for DDP to split
+        for module in method.modules():
+            if isinstance(module, Block):
+                module.compile()
+
+    def save():
+        own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
+        content = {"model": method.model.state_dict(), "ema": method.ema.state_dict(), "method": own, "optimizer": optimizer.state_dict()}
+        content |= {"step": step, "args": description, "log": torch.tensor(rows, dtype=torch.float64)}
+        write_atomically(out / "checkpoints" / f"{step:07d}.pt", lambda file: torch.save(content, file))
+
+    def draw_samples(lines=4):  # one column a class, at most ten
+        labels = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist() * lines
+        noise = ImageNoise(args.seed, range(len(labels)), (3, args.image_size, args.image_size), device)()
+        images = sample_ode(method.ema, diffusion, noise, torch.tensor(labels, device=device), 50, "euler")
+        grid = image_grid(to_uint8(images), len(labels) // lines)
+        write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
+
+    stop = []  # filled by SIGTERM, which schedulers may repeat, and by Ctrl-C, whose second one ends the process at once
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    workers, order = (8 if cuda else 0) if args.workers is None else args.workers, read_order(len(data), args, rank, world, step)
+    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": outlive_signals}
+    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
+    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    if rank == 0:
+        hardware = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        start = {"start": step, "command": sys.argv, "torch": torch.__version__, "processes": world, "hardware": hardware, **description}
+        lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").exists() else []
+        lines = [line for line in lines if json.loads(line).get("step", 0) <= step]  # a killed run may have logged further
+        text = "".join(f"{line}\n" for line in [*lines, json.dumps(start)])
+        write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
+        bar.write(f"batch {args.batch_size} = {world} processes x {accumulate} micro-batches x {args.micro_batch}; {len(data)} images; "
+                  f"{sum(p.numel() for p in parameters) / 1e6:.1f} M trainable parameters")  # fmt: skip
+    trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
+    pending, names, timer, timed = [], [], 0.0, None
+    while step < args.steps:
+        flag = torch.tensor(float(len(stop)))
+        agreement = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if world > 1 else None  # do all ranks stop after this step?
+        torch.manual_seed(seed_of(args.seed, rank, step))
+        method.step, sums = step, 0
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        for micro in range(accumulate):
+            batch = next(batches)
+            if isinstance(batch, str):
+                bar.close()
+                fail(batch, every_rank=True)
+            x0, y = (v.to(device, non_blocking=True) for v in batch)
+            with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else wrapped.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    terms = wrapped(x0.float() / 127.5 - 1, y)
+                (terms["loss"] / accumulate).backward()
+            sums = sums + torch.stack([v.detach().float() for v in terms.values()]) / accumulate
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, trained, 1 - decay)
+            method.after_step(step, args.steps)
+        step, names = step + 1, [*terms, "grad_norm"]
+        pending.append(torch.cat([sums, norm.detach().float().reshape(1)]))
+        timer, timed = (time.perf_counter(), 0) if timed is None else (timer, timed + args.batch_size)  # the first step is not timed
+        if agreement:
+            agreement.wait()
+        stopping = bool(flag) or step == args.steps
+        logging = step % args.log_every == 0 or step == args.steps
+        sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
+        saving = stopping or (args.save_every and step % args.save_every == 0)
+        bar.update()
+        if not (logging or sampling or saving):
+            continue
+        means = torch.stack(pending)  # (steps since the last time, terms): read back only here
+        mine, pending = means.tolist(), []
+        if world > 1:
+            dist.all_reduce(means)
+        rows += (means / world).tolist()
+        if not torch.isfinite(means).all():
+            bar.close()
+            for k, row in enumerate(mine, step - len(mine) + 1):
+                if not all(map(math.isfinite, row)):
+                    values = ", ".join(f"{name} {v:g}" for name, v in zip(names, row))
+                    sys.exit(f"stopped, not finite: step {k}, rank {rank}: {values}")
+            sys.exit(1)
+        if logging:
+            averages = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
+            rate, rows = timed / (time.perf_counter() - timer), []
+            bar.set_postfix({k: f"{v:.4g}" for k, v in averages.items()} | {"img/s": f"{rate:.1f}"})
+            if rank == 0:
+                epoch = step * args.batch_size / len(data)
+                with open(out / "log.jsonl", "a") as log:
+                    log.write(json.dumps({"step": step, **averages, "lr": group["lr"], "epoch": epoch, "images_per_s": rate}) + "\n")
+        if rank == 0 and sampling:
+            draw_samples()
+        if rank == 0 and saving:
+            save()
+        if stopping:
+            break
+        timer, timed = time.perf_counter(), 0
+    bar.close()
+    if rank == 0:
+        print(f"step {step} of {args.steps}, in {out}" + ("" if step == args.steps else ": the same command goes on from here"), flush=True)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(DiverseDiT, parse_args())
