@@ -31,7 +31,7 @@ Implementation details (files of the official repository at 5fedda17; its resear
  4. disp is over the blocks of P, as in the paper; with `--pairs anchor` over all blocks, as in loss.py.
  5. The weight is not detached [train.py]: between 0.1 and 0.5 the gradient of w L_div is 4 L_div - 0.2 times that of L_div.
     `--detach-weight`: 2 L_div - 0.2. Other bounds of Table 8 by `--weight-range`; its divisor is the upper bound, as 0.5 is in the paper.
- 6. Each process has its own L_div and w, of its share of the batch [loss.py]. Both blocks of a pair get a gradient. No projection heads.
+ 6. Each process, and each micro-batch, has its own L_div and w [loss.py]. Both blocks of a pair get a gradient. No projection heads.
  7. SRA's loss [its defaults are those of train_sra.py]: smooth L1, student block -> EMA's block by depth, lower noise for the teacher.
 
 Differences from the official code

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_discriminative
+import train_diversedit
 import train_mdt
 import train_sra
 from diffusion import make_diffusion
@@ -35,8 +36,9 @@ METHODS = {
     "mdt": (train_mdt, "MaskDiT", ["--diffusion", "edm"]),
     "mdt r=0": (train_mdt, "MaskDiT", ["--diffusion", "edm", "--mask-ratio", "0"]),
     "sd-dit": (train_discriminative, "SDDiT", ["--diffusion", "edm"]),
+    "diversedit": (train_diversedit, "DiverseDiT", []),
+    "no loss": (train_diversedit, "DiverseDiT", ["--diversity-weight", "0"]),
 }
-
 
 
 def block_macs(tokens, D, cond=None):
@@ -52,22 +54,25 @@ def macs(network):
     final = T * patch * D * (2 if network["learn_sigma"] else 1) + 2 * D**2
     vanilla = embed + depth * block_macs(T, D) + final
     _, teacher_block = train_sra.alignment_blocks(depth, network["learn_sigma"])
-    layers, width, _ = (2, 128, 4) if D == 128 else (8, 512, 16)
+    decoder, width, _ = (2, 128, 4) if D == 128 else (8, 512, 16)
 
     def masked(kept):
         bridge = kept * D * width + 2 * D**2
-        return embed + depth * block_macs(kept, D) + bridge + layers * block_macs(T, width, D) + T * patch * width + 2 * D * width
+        return embed + depth * block_macs(kept, D) + bridge + decoder * block_macs(T, width, D) + T * patch * width + 2 * D * width
 
     seen = int(T * 0.8)  # of SD-DiT's student; its bridge is on all tokens
     head = 2048 * D + 2048**2 + 2048 * 256 + 256 * 8192  # per token
     student = masked(seen) + (T - seen) * D * width + (seen + 1) * head
     teacher_pass = embed + depth * block_macs(T + 1, D) + (seen + 1) * head
+    residuals, layers = depth // 2 * 2 * T * D**2, min(10, depth)
     return {
         "vanilla": 3 * vanilla,
         "sra": 3 * (vanilla + 4 * T * D**2) + embed + teacher_block * block_macs(T, D),
         "mdt": 3 * masked(T // 2),
         "mdt r=0": 3 * masked(T),
         "sd-dit": 3 * student + teacher_pass + (seen + 1) * 2 * 256 * 8192,  # both logits are computed again in the backward pass
+        "diversedit": 3 * (vanilla + residuals + layers**2 * T * D),  # cosines of all pairs of blocks at all tokens
+        "no loss": 3 * (vanilla + residuals),
     }
 
 
@@ -169,7 +174,7 @@ def main():
     print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}", flush=True)
     if cuda:
         print(f"bf16 matrix product: {2 * peak / 1e12:.0f} TFLOP/s")
-    columns = f"{'model':10} {'method':8} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}"
+    columns = f"{'model':10} {'method':10} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}"
     print(columns + "    MFU" * cuda)
     for model in args.models:
         shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
@@ -188,7 +193,7 @@ def main():
         cost, first = macs(network), args.batch_size / median(rows[0].times[3:])  # the first row is the yardstick
         for row, peak_gib in zip(rows, memory):
             rate, bound = args.batch_size / median(row.times[3:]), cost["vanilla"] / cost[row.name]
-            line = f"{model:10} {row.name:8} {'on' if row.compiled else 'off':>7} {rate:9.1f} {rate / first:6.3f} {bound:6.3f}"
+            line = f"{model:10} {row.name:10} {'on' if row.compiled else 'off':>7} {rate:9.1f} {rate / first:6.3f} {bound:6.3f}"
             line += f" {peak_gib:6.2f} GiB"
             line += f" {100 * median(row.outside[3:]):7.1f}%" + (f" {100 * cost[row.name] * rate / peak:5.1f}%" if cuda else "")
             print(line, flush=True)
