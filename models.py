@@ -390,7 +390,7 @@ def on_rank_0(work):
 # Official checkpoints
 
 SOURCES = ("dit", "sit", "repa", "sra", "maskdit")
-TRAINING_HEADS = ("ap_head.", "projectors.")  # SRA's and REPA's heads, unused in sampling
+TRAINING_HEADS = ("ap_head.", "projectors.", "projectors_final.")  # of SRA, REPA and Self-Transcendence, unused in sampling
 
 
 def reverse_time(state):
