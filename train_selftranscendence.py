@@ -11,10 +11,10 @@ between that network's features with and without label. Heads are not used in sa
               L = L_gen + 0.5 mean m ||MLP(h_k) - f_g||^2   until --stop-step, then L_gen          squares are means over elements
 
 Commands; running one again resumes it from its newest checkpoint
-    TINY="--image-size 16 --model DiT-Ti/2 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup"        toy: built-in shapes, CPU
-    python train_selftranscendence.py $TINY --steps 500 --out results/stage1 && python train_selftranscendence.py $TINY --steps 1000
-        --stage 2 --teacher results/stage1 --stop-step 250 --out results/stage2
-    ST="torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --image-size 256 --model SiT-XL/8"      8 GPUs
+    TINY="--image-size 16 --model DiT-Ti/2 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup"      # toy: built-in shapes, CPU
+    python train_selftranscendence.py $TINY --steps 500 --out results/stage1 &&
+        python train_selftranscendence.py $TINY --steps 1000 --stage 2 --teacher results/stage1 --stop-step 250 --out results/stage2
+    ST="torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --image-size 256 --model SiT-XL/8"    # 8 GPUs
     $ST --steps 200000 --out results/stage1 && $ST --steps 400000 --stage 2 --teacher results/stage1 --out results/stage2
     512 px: --image-size 512. 2 nodes, on both: torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=8 ...
 Defaults: batch 256, AdamW 1e-4, clipping at 1; qk-norm, no flips and no EMA warm-up as released (`--no-qk-norm` to compare with the other
