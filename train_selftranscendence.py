@@ -19,8 +19,8 @@ Commands; running one again resumes it from its newest checkpoint
     512 px: --image-size 512. 2 nodes, on both: torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=8 ...
 Defaults: batch 256, AdamW 1e-4, clipping at 1; qk-norm, no flips and no EMA warm-up as released (`--no-qk-norm` to compare with the other
 scripts). `--align-weight 0`: plain SiT or DiT, without head or teacher. A plain SiT can be the teacher too, as an ablation.
-Logged: align, before its weight; align_all, its mean over all images; align_in, _out, over those in and out of --t-range; align_kept,
-_dropped, by label dropout (0 in a micro-batch without any); guidance_gap |f_c - f_u| / |f_u|; guided_norm |f_g| / |f_u|.
+Logged: align, before its weight; its mean over images in and out of --t-range (align_in, _out), with and without label (align_kept,
+_dropped), divided by expected shares, so that averages over many steps are right; |f_c - f_u| / |f_u| (guidance_gap) and |f_g| / |f_u|.
 
 Implementation details (csslc/Self-Transcendence at 42fde5d; 1, 2: stage; T: train_*.py, sh: train_*.sh, M: models/*.py)
  1. Stage 1 predicts the velocity, though the abstracts speak of VAE features [loss.py:226]; `--stage1-target x0`: compared in x_0.
@@ -36,7 +36,9 @@ Differences from the official code
  1. Its --t-range masks nothing: (N, 1, 1, 1) times (N,) broadcasts [loss.py:237, 328]. `--t-mode` masked: as described; all: every t, times
     high - low (released, in expectation); released: times the share in range of the micro-batch; selected: mean over those in range.
  2. Its stage 2 stops with a NameError [T2:188], S does not run [M2:206], no teacher file means a random teacher [T2:176]: errors here.
- 3. Its teacher runs on after the stop; ours is freed. 4. Its null label is always 1000 [loss.py:315]. 5. It trains in fp16, we in bf16.
+ 3. Its head and teacher run on all images, and the teacher on after the stop; ours, for masked and selected, on those in range alone
+    (three in ten), and the teacher is freed at the stop.
+ 4. Its null label is always 1000 [loss.py:315]. 5. It trains in fp16, we in bf16.
  6. No VAE latents yet: images are pixels; 256 px at patch 8 are 1,024 tokens (512 px: 4,096), where latents at patch 2 are 256 (1,024).
 """
 
@@ -65,7 +67,7 @@ from models import Block, image_grid, load_checkpoint, newest_checkpoint, on_ran
 from models import DiT, build_model, frozen_copy
 
 DEFAULTS = {"qk_norm": True, "ema_warmup": False, "flip": False}
-LOGGED = ("align", "align_all", "align_in", "align_out", "align_kept", "align_dropped", "guidance_gap", "guided_norm")  # by stage 2
+LOGGED = ("align", "align_in", "align_out", "align_kept", "align_dropped", "guidance_gap", "guided_norm")  # terms of stage 2
 
 
 def method_arguments(parser):
@@ -86,15 +88,10 @@ def method_arguments(parser):
     add("--drop-target", choices=("conditional", "unconditional", "skip"), default="conditional", help="of students without label")
 
 
-def group_mean(values, group):
-    """Mean of values (N,) over the images with group (N,) == 1; 0 if there are none."""
-    return (values * group).sum() / group.sum().clamp(min=1)
-
-
 def window_mean(values, inside, counted, mode, share):
     """Terms (N,) -> scalar, by --t-mode. inside, counted (N,) are 0 or 1: t in range; not skipped. share: of all times, in range."""
     if mode == "selected":
-        return group_mean(values, inside * counted)
+        return (values * inside * counted).sum() / (inside * counted).sum().clamp(min=1)
     if mode == "masked":
         return (values * inside * counted).mean()
     return (share if mode == "all" else inside.mean()) * (values * counted).mean()
@@ -110,6 +107,7 @@ class SelfTranscendence(nn.Module):
         self.model = DiT(**network)
         self.ema = frozen_copy(self.model)
         self.t_range, self.t_mode, self.drop_target = args.t_range, args.t_mode, args.drop_target
+        self.everywhere = args.t_mode in ("all", "released")
         if not 0 <= args.t_range[0] <= args.t_range[1] <= 1:
             raise ValueError(f"--t-range {args.t_range[0]:g} {args.t_range[1]:g}: need 0 <= LOW <= HIGH <= 1")
         for name in ("stage1_target",) if self.stage == 2 else ("teacher", "teacher_block", "stop_step"):
@@ -170,8 +168,13 @@ class SelfTranscendence(nn.Module):
 
     def forward(self, x0, y, t=None, noise=None, drop=None):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop (N,) from U(0, 1)."""
-        n = len(x0)
-        t = self.diffusion.draw_t(n, x0.device) if t is None else t
+        n, (low, high) = len(x0), self.t_range
+        t = self.diffusion.draw_t(n, "cpu") if t is None else t  # on the CPU, where it is known without waiting which images count
+        rows = slice(None)  # images on which head and teacher run: those that count, but at least one (of weight 0), for DDP
+        if not self.everywhere:
+            rows = ((t >= low) & (t <= high)).nonzero()[:, 0].to(x0.device)
+            rows = rows if len(rows) else slice(1)
+        t = t.to(x0.device, non_blocking=True)
         noise = torch.randn_like(x0) if noise is None else noise
         dropped = (torch.rand(n, device=x0.device) if drop is None else drop) < self.label_drop
         y_seen = torch.where(dropped, self.null_label, y)  # by the student
@@ -185,21 +188,30 @@ class SelfTranscendence(nn.Module):
             return {"loss": denoise + unused, "denoise": denoise, **dict.fromkeys(LOGGED, torch.zeros_like(denoise))}
         out, features = self.model(*inputs, features=(self.student_block,))
         denoise = self.diffusion.loss(out, x0, noise, t).mean()
-        projected = self.head(features[self.student_block])  # (N, T, D), in stage 1 (N, T, p * p * C)
-        inside = ((t >= self.t_range[0]) & (t <= self.t_range[1])).float()
-        counted, share = torch.ones_like(inside), self.t_range[1] - self.t_range[0]
+        projected = self.head(features[self.student_block][rows]).float()  # (R, T, D), in stage 1 (R, T, p * p * C)
+        inside = ((t >= low) & (t <= high)).float()
+        counted, error = torch.ones_like(inside), torch.zeros_like(inside)  # (N,)
         if self.stage == 1:
-            early = self.model.unpatchify(projected.float())  # (N, C, H, W)
+            early, x_t, x0, noise, t = self.model.unpatchify(projected), x_t[rows], x0[rows], noise[rows], t[rows]  # (R, C, H, W)
             squares = (self.diffusion.denoise(early, x_t, t) - x0).square() if self.x0_target else self.diffusion.loss(early, x0, noise, t)
-            align = window_mean(squares.flatten(1).mean(1), inside, counted, self.t_mode, share)
+            error[rows] = squares.flatten(1).mean(1)
+            align = window_mean(error, inside, counted, self.t_mode, high - low)
             return {"loss": denoise + self.weight * align, "denoise": denoise, "align": align}
-        f_c, f_u = self.teacher_features(x_t, t, y_seen if self.drop_target == "unconditional" else y)
+        f_c, f_u = self.teacher_features(x_t[rows], t[rows], (y_seen if self.drop_target == "unconditional" else y)[rows])
         f_g = torch.lerp(f_u, f_c, self.guidance)  # f_u + w (f_c - f_u), and exactly f_u or f_c at w = 0 or 1
-        error, kept = (projected.float() - f_g).square().flatten(1).mean(1), (~dropped).float()  # (N,)
-        align = window_mean(error, inside, kept if self.drop_target == "skip" else counted, self.t_mode, share)
-        groups = (group_mean(error, group) for group in (inside, 1 - inside, kept, 1 - kept))
-        values = (align, error.mean(), *groups, (f_c - f_u).norm() / f_u.norm(), f_g.norm() / f_u.norm())
-        return {"loss": denoise + self.weight * align, "denoise": denoise, **dict(zip(LOGGED, values))}
+        error[rows] = (projected - f_g).square().flatten(1).mean(1)
+        kept = (~dropped).float()
+        align = window_mean(error, inside, kept if self.drop_target == "skip" else counted, self.t_mode, high - low)
+        seen, in_range, all_seen = (counted, high - low, 1.0) if self.everywhere else (inside, high - low, high - low)
+        groups = {  # images and their expected share
+            "align_in": (inside, in_range),
+            "align_out": (seen - inside, all_seen - in_range),
+            "align_kept": (seen * kept, all_seen * (1 - self.label_drop)),
+            "align_dropped": (seen * (1 - kept), all_seen * self.label_drop),
+        }
+        terms = {name: (error * group).mean() / max(share, 1e-9) for name, (group, share) in groups.items()}
+        terms |= {"guidance_gap": (f_c - f_u).norm() / f_u.norm(), "guided_norm": f_g.norm() / f_u.norm()}
+        return {"loss": denoise + self.weight * align, "denoise": denoise, "align": align, **terms}
 
     def after_step(self, step, steps):
         """Free the teacher after its last step; emptied first, since DDP still refers to its parameters."""

@@ -15,6 +15,7 @@ import gc
 import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_discriminative
 import train_diversedit
 import train_mdt
+import train_selftranscendence
 import train_sra
 from diffusion import make_diffusion
-from models import Block, parse_model
+from models import Block, DiT, parse_model
 
 # name: script, its method, flags; the noise process is --diffusion, unless the flags say otherwise
 METHODS = {
@@ -36,6 +38,10 @@ METHODS = {
     "mdt": (train_mdt, "MaskDiT", ["--diffusion", "edm"]),
     "mdt r=0": (train_mdt, "MaskDiT", ["--diffusion", "edm", "--mask-ratio", "0"]),
     "sd-dit": (train_discriminative, "SDDiT", ["--diffusion", "edm"]),
+    "stage 1": (train_selftranscendence, "SelfTranscendence", []),
+    "stage 2": (train_selftranscendence, "SelfTranscendence", ["--stage", "2", "--teacher", "TEACHER"]),
+    "all t": (train_selftranscendence, "SelfTranscendence", ["--stage", "2", "--teacher", "TEACHER", "--t-mode", "all"]),
+    "stopped": (train_selftranscendence, "SelfTranscendence", ["--stage", "2", "--teacher", "TEACHER", "--stop-step", "0"]),
     "diversedit": (train_diversedit, "DiverseDiT", []),
     "no loss": (train_diversedit, "DiverseDiT", ["--diversity-weight", "0"]),
 }
@@ -65,15 +71,29 @@ def macs(network):
     student = masked(seen) + (T - seen) * D * width + (seen + 1) * head
     teacher_pass = embed + depth * block_macs(T + 1, D) + (seen + 1) * head
     residuals, layers = depth // 2 * 2 * T * D**2, min(10, depth)
+    hidden = 2048 if D >= 768 else 2 * D
+    mlp, guide = T * (2 * D * hidden + hidden**2), 2 * (embed + 2 * depth // 3 * block_macs(T, D))
     return {
         "vanilla": 3 * vanilla,
         "sra": 3 * (vanilla + 4 * T * D**2) + embed + teacher_block * block_macs(T, D),
         "mdt": 3 * masked(T // 2),
         "mdt r=0": 3 * masked(T),
         "sd-dit": 3 * student + teacher_pass + (seen + 1) * 2 * 256 * 8192,  # both logits are computed again in the backward pass
+        "stage 1": 3 * (vanilla + 0.3 * (mlp + T * D * patch)),  # three images in ten are in range
+        "stage 2": 3 * (vanilla + 0.3 * mlp) + 0.3 * guide,
+        "all t": 3 * (vanilla + mlp) + guide,
+        "stopped": 3 * vanilla,
         "diversedit": 3 * (vanilla + residuals + layers**2 * T * D),  # cosines of all pairs of blocks at all tokens
         "no loss": 3 * (vanilla + residuals),
     }
+
+
+def save_teacher(path, network, diffusion):
+    """A checkpoint of that network, untrained, for stage 2 of Self-Transcendence."""
+    model = DiT(**network)
+    content = {"model": model.state_dict(), "ema": {}, "method": {}, "optimizer": {}, "step": 0, "log": torch.zeros(0)}
+    torch.save({**content, "args": {"network": model.config, "diffusion": diffusion}}, path)
+    return str(path)
 
 
 class Row:
@@ -82,6 +102,7 @@ class Row:
     def __init__(self, name, network, compiled, args, device):
         self.name, self.compiled, self.device, self.times, self.outside = name, compiled, device, [], []
         script, method, flags = METHODS[name]
+        flags = [args.teacher if flag == "TEACHER" else flag for flag in flags]
         parsed = script.parse_args(["--diffusion", args.diffusion, *flags])
         torch.manual_seed(0)
         self.method = getattr(script, method)(parsed, network, make_diffusion(parsed.diffusion)).to(device)
@@ -176,9 +197,11 @@ def main():
         print(f"bf16 matrix product: {2 * peak / 1e12:.0f} TFLOP/s")
     columns = f"{'model':10} {'method':10} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}"
     print(columns + "    MFU" * cuda)
+    folder = tempfile.TemporaryDirectory()
     for model in args.models:
         shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
         network = {**shape, **parse_model(model), "learn_sigma": False}
+        args.teacher = save_teacher(Path(folder.name, "teacher.pt"), network, args.diffusion)
         compile_modes = {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
         settings = [(name, network, compiled, args, device) for compiled in compile_modes for name in args.methods]
         if cuda:

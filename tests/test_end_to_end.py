@@ -19,6 +19,11 @@ MODES = {  # one line a mode that changes which parameters are used, or how
     "sd-dit": ("train_discriminative", SMALL_HEAD),
     "sd-dit mean, visible": ("train_discriminative", [*SMALL_HEAD, "--summary", "mean", "--gen-tokens", "visible", "--mask-ratio", "0.5"]),
     "sd-dit plain": ("train_discriminative", ["--align-weight", "0", "--mask-ratio", "0"]),
+    "selftrans 1": ("train_selftranscendence", []),
+    "selftrans 1 x0": ("train_selftranscendence", ["--stage1-target", "x0", "--t-mode", "selected"]),
+    "selftrans 2": ("train_selftranscendence", ["--stage", "2", "--teacher", "TEACHER"]),
+    "selftrans 2 stops": ("train_selftranscendence", ["--stage", "2", "--teacher", "TEACHER", "--stop-step", "2", "--t-mode", "all"]),
+    "selftrans plain": ("train_selftranscendence", ["--align-weight", "0"]),
     "diversedit": ("train_diversedit", ["--pair-layers", "4"]),
     "diversedit post, sra": ("train_diversedit", ["--long-residual", "post", "--pairs", "all", "--align-weight", "0.2"]),
     "diversedit plain": ("train_diversedit", ["--long-residual", "none", "--diversity-weight", "0"]),
@@ -40,9 +45,23 @@ def run_in_process(name, out, *flags, interrupt_at=None):
             signal.signal(s, handler)
 
 
+@pytest.fixture(scope="module")
+def flags_of(tmp_path_factory):
+    """flags_of(mode): script and flags, TEACHER replaced by the folder of a short stage 1 of Self-Transcendence."""
+    teacher = tmp_path_factory.mktemp("teacher")
+
+    def flags_of(mode):
+        name, flags = MODES[mode]
+        if "TEACHER" in flags and not list(teacher.iterdir()):
+            run_in_process("train_selftranscendence", teacher, "--steps", "2")
+        return name, [str(teacher) if flag == "TEACHER" else flag for flag in flags]
+
+    return flags_of
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, mode):
-    name, flags = MODES[mode]
+def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, mode, flags_of):
+    name, flags = flags_of(mode)
     run_in_process(name, tmp_path / "a", "--steps", "8", *flags)
     run_in_process(name, tmp_path / "b", "--steps", "8", *flags, interrupt_at=3)
     run_in_process(name, tmp_path / "b", "--steps", "8", *flags)
@@ -54,9 +73,9 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_then_sampling(tmp_path, mode):
+def test_two_processes_then_sampling(tmp_path, mode, flags_of):
     """DDP stops in the second step if a trainable parameter got no gradient in the first."""
-    name, flags = MODES[mode]
+    name, flags = flags_of(mode)
     run(ROOT / f"{name}.py", *TINY, "--steps", 4, *flags, "--out", tmp_path / "run", processes=2)
     assert (tmp_path / "run" / "samples" / "0000004.png").exists()
     run(ROOT / "sample.py", "--ckpt", tmp_path / "run", "--num", 3, "--steps", 2, "--guidance", 1.5, "--out", tmp_path / "samples")

@@ -10,7 +10,7 @@ from test_training import assert_same, checkpoint, log_lines
 
 from diffusion import Flow, make_diffusion
 from models import DiT, MaskedDiT, load_official, position_embedding
-from train_selftranscendence import LOGGED, SelfTranscendence, group_mean, parse_args, window_mean
+from train_selftranscendence import LOGGED, SelfTranscendence, parse_args, window_mean
 
 
 def save_teacher(path, model, ema=None, diffusion="flow"):
@@ -199,7 +199,7 @@ def test_stage1_head_predicts_an_image(small):
     seen = {}
     method.head.register_forward_hook(lambda module, inputs, output: seen.update(out=output))
     method(*images, **draws)
-    assert method.model.unpatchify(seen["out"]).shape == images[0].shape
+    assert method.model.unpatchify(seen["out"]).shape == images[0][INSIDE == 1].shape
     assert not list(method.head[5].parameters()) and method.head[5].eps == 1e-6
 
 
@@ -283,7 +283,7 @@ def test_window_mean_with_skipped_images():
     expected = {"masked": 1 / 4, "selected": 1.0, "all": 0.3 * 13 / 4, "released": 0.5 * 13 / 4}
     for mode, value in expected.items():
         assert math.isclose(window_mean(values, inside, counted, mode, 0.3), value, rel_tol=1e-6)
-    assert window_mean(values, inside, torch.zeros(4), "selected", 0.3) == 0 == group_mean(values, torch.zeros(4))
+    assert window_mean(values, inside, torch.zeros(4), "selected", 0.3) == 0
 
 
 def test_teacher_is_frozen_and_holds_nothing_unused(small, tmp_path):
@@ -318,24 +318,30 @@ def test_student_starts_from_a_fresh_initialisation(tmp_path):
     assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in student.state_dict().items())
 
 
-def test_teacher_sees_the_same_noise_true_labels_and_the_null_label(small):
-    """Same x_t and t in both halves, [conditional; null] in this order, null label 10 for 10 classes, early exit at the teacher's block."""
-    method, (images, draws) = small(2), batch(drop=(0.0,) * 5)
+@pytest.mark.parametrize("mode", ["masked", "all"])
+def test_teacher_sees_the_same_noise_true_labels_and_the_null_label(small, mode):
+    """Same x_t and t in both halves, [conditional; null] in this order, null label 10 for 10 classes, early exit at the teacher's block.
+
+    Only the images in range, unless all of them count."""
+    method, (images, draws) = small(2, "--t-mode", mode), batch(drop=(0.0,) * 5)
     seen = watch(method)
     terms = method(*images, **draws)
+    rows = [1, 2, 3] if mode == "masked" else [0, 1, 2, 3, 4]
+    x_t, t, y = seen["x_t"][rows], TIMES[rows], images[1][rows]
     assert seen["y_student"].tolist() == [10] * 5  # all dropped
-    assert seen["y"].tolist() == [0, 3, 9, 1, 4] + [10] * 5  # none dropped
-    assert torch.equal(seen["x"], seen["x_t"].repeat(2, 1, 1, 1)) and torch.equal(seen["t"], TIMES.repeat(2))
+    assert seen["y"].tolist() == y.tolist() + [10] * len(rows)  # none dropped
+    assert torch.equal(seen["x"], x_t.repeat(2, 1, 1, 1)) and torch.equal(seen["t"], t.repeat(2))
     with torch.no_grad():
         full = network("weights")
-        for half, y in zip(seen["tokens"].chunk(2), (images[1], torch.full((5,), 10))):
-            _, features = full(seen["x_t"], TIMES, y, features=(TEACHER,))
+        for half, labels in zip(seen["tokens"].chunk(2), (y, torch.full_like(y, 10))):
+            _, features = full(x_t, t, labels, features=(TEACHER,))
             torch.testing.assert_close(half, features[TEACHER], rtol=1e-4, atol=1e-5)
         doubled = full(seen["x"], seen["t"], seen["y"], features=(TEACHER,))[1][TEACHER]
     assert torch.equal(seen["tokens"], doubled)
     f_c, f_u = seen["tokens"].chunk(2)
     error = (seen["projected"] - (f_u + 30 * (f_c - f_u))).square().flatten(1).mean(1)
-    torch.testing.assert_close(terms["align_all"], error.mean(), rtol=1e-4, atol=0)
+    expected = error.sum() / 5 if mode == "masked" else 0.3 * error.mean()
+    torch.testing.assert_close(terms["align"], expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(terms["guidance_gap"], (f_c - f_u).norm() / f_u.norm())
     torch.testing.assert_close(terms["guided_norm"], (f_u + 30 * (f_c - f_u)).norm() / f_u.norm(), rtol=1e-4, atol=0)
 
@@ -373,25 +379,50 @@ def test_target_of_students_without_label(small):
         error = errors[policy] = (seen["projected"] - f_g).square().flatten(1).mean(1)
         expected = (error * kept).mean() if policy == "skip" else error.mean()
         torch.testing.assert_close(terms["align"], expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(terms["align_kept"], error[[1, 3, 4]].mean(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(terms["align_dropped"], error[[0, 2]].mean(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(errors["skip"], errors["conditional"])
     assert (errors["unconditional"][[0, 2]] < 0.9 * errors["conditional"][[0, 2]]).all()
 
 
-def test_logged_splits_and_empty_groups(small):
+@pytest.mark.parametrize("mode", ["masked", "all"])
+def test_logged_splits(small, mode):
+    """Sums over the images of a group, divided by the number expected: averages over many steps are the groups' means, however small."""
     images, draws = batch(drop=(1.0, 1.0, 0.0, 1.0, 0.0))
-    method = small(2)
+    method = small(2, "--t-mode", mode)
     seen = watch(method)
     terms = method(*images, **draws)
     f_c, f_u = seen["tokens"].chunk(2)
-    error = (seen["projected"] - torch.lerp(f_u, f_c, 30.0)).square().flatten(1).mean(1)
-    groups = {"align_all": slice(None), "align_in": [1, 2, 3], "align_out": [0, 4], "align_kept": [0, 1, 3], "align_dropped": [2, 4]}
-    for name, chosen in groups.items():
-        torch.testing.assert_close(terms[name], error[chosen].mean())
-    assert tuple(terms) == ("loss", "denoise", *LOGGED)
-    terms = method(*images, **{**draws, "drop": torch.ones(5), "t": torch.full((5,), 0.5)})
-    assert terms["align_out"] == 0 == terms["align_dropped"] and all(torch.isfinite(v) for v in terms.values())
+    rows = [1, 2, 3] if mode == "masked" else [0, 1, 2, 3, 4]
+    error = torch.zeros(5)
+    error[rows] = (seen["projected"] - torch.lerp(f_u, f_c, 30.0)).square().flatten(1).mean(1).detach()
+    share = 0.3 if mode == "masked" else 1.0
+    groups = {
+        "align_in": ([1, 2, 3], 0.3),
+        "align_out": ([] if mode == "masked" else [0, 4], 0.7),
+        "align_kept": ([0, 1, 3], 0.9 * share),
+        "align_dropped": ([2, 4], 0.1 * share),
+    }
+    for name, (chosen, expected) in groups.items():
+        torch.testing.assert_close(terms[name], error[chosen].sum() / (5 * expected), rtol=1e-4, atol=0)
+    assert set(terms) == {"loss", "denoise", *LOGGED}
+    outside = method(*images, **{**draws, "t": torch.full((5,), 0.1)})
+    assert (outside["align"] == 0) == (mode == "masked") and all(torch.isfinite(v) for v in outside.values())
+    assert torch.isfinite(small(2, "--label-drop", "0")(*images, **draws)["align_dropped"])
+
+
+def test_images_out_of_range_cost_neither_head_nor_teacher(small):
+    """None in range: one image goes through both all the same, with weight 0, so that every parameter gets a gradient."""
+    for stage in (1, 2):
+        method, (images, draws) = small(stage), batch()
+        rows = []
+        method.head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+        if stage == 2:
+            seen = watch(method)
+        for t in (TIMES, torch.full((5,), 0.1)):
+            method(*images, **{**draws, "t": t})["loss"].backward()
+        assert rows == [3, 1] and (stage == 1 or len(seen["x"]) == 2)
+        method.zero_grad()
+        method(*images, **{**draws, "t": torch.full((5,), 0.1)})["loss"].backward()
+        assert all((p.grad == 0).all() for p in method.head.parameters())
 
 
 def test_stop_step(small):
