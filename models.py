@@ -258,6 +258,7 @@ class DiT(nn.Module):
         for k, tokens in self.streams(self.embed(x), self.condition(t, y)):
             if k == block:
                 return tokens
+        raise ValueError(f"there is no block {block}: blocks are numbered from 1 to {len(self.blocks)}")
 
 
 class MaskedDiT(DiT):

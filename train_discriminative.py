@@ -560,6 +560,7 @@ def main(method_cls, args):
         print(f"step {step} of {args.steps}, in {out}" + ("" if step == args.steps else ": the same command goes on from here"), flush=True)
     if world > 1:
         dist.barrier()
+        del wrapped  # while the group lives: as its last holder it would wait, with the GIL, for a thread of gloo's that may want the GIL
         dist.destroy_process_group()
 
 

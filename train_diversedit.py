@@ -17,27 +17,31 @@ Commands; running one again resumes it from its newest checkpoint
     torchrun --nproc_per_node=8 train_diversedit.py --data imagenet/train --image-size 512 --model SiT-XL/8 --micro-batch 8     and 512 px
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_diversedit.py ...       2 nodes, on both
 The paper's optimisation is the default: batch 256, AdamW 1e-4, clipping at 1, EMA 0.9999 from the first step, 400,000 steps, no flips.
-With SRA's loss on top, as in the paper's Table 9: `--align-weight 0.2`. Plain SiT: `--long-residual none --diversity-weight 0`.
+With SRA's loss on top: `--align-weight 0.2` (Table 9 adds it after Dispersive Loss, which is not here). Plain SiT: `--long-residual none
+--diversity-weight 0`.
 Logged: the three terms, `diversity` (L_div) and its `weight`; a run whose weight stays 0 has the loss switched off by its own rule.
 
 Implementation details (files of the official repository at 5fedda17; its research model is models/sit_2.py at ff92f9dd)
  1. Long residuals `pre` are the paper's Eq. 8 with f_0 the embedded input, and the research model's. `post`, the released models/sit.py,
     fuses f_j (j = 1 .. L/2) after block L + 1 - j. No bypass: z replaces the stream. Plain Xavier, LayerNorm affine and in fp32.
- 2. Pairs: the paper's supplement has 10 random layers and all 45 pairs of them; drawn anew in every step here, equal on all ranks, keyed
-    by the seed. `--pair-layers` as in Table A7. `--pairs anchor`: loss.py's list of the first 10 pairs, block 1 with 2 .. 11; beside REPA
+ 2. Pairs: the paper's supplement has 10 random layers. All 45 pairs of them, drawn anew in every step, are our reading; they are equal
+    on all ranks, keyed by the seed. `--pair-layers` as in Table A7.
+    `--pairs anchor`: loss.py's list of the first 10 pairs, block 1 with 2 .. 11; beside REPA
     at depth d it starts at block 10 - d: `--anchor-block 2` for d = 8, 5 for d = 5. `--pairs all`: all pairs of all blocks.
  3. Terms as in loss.py, which adds the absolute values, the factor 4 and the limit of disp, and 1/3 for the paper's 0.33. With the
     paper's signed a_k the division by the largest entry is unbounded. `--term-weights`: orth, MI, disp; disp alone does not help (Table 7).
  4. disp is over the blocks of P, as in the paper; with `--pairs anchor` over all blocks, as in loss.py.
  5. The weight is not detached [train.py]: between 0.1 and 0.5 the gradient of w L_div is 4 L_div - 0.2 times that of L_div.
     `--detach-weight`: 2 L_div - 0.2. Other bounds of Table 8 by `--weight-range`; its divisor is the upper bound, as 0.5 is in the paper.
- 6. Each process, and each micro-batch, has its own L_div and w [loss.py]. Both blocks of a pair get a gradient. No projection heads.
+ 6. Each process, and each micro-batch, has its own L_div and w [loss.py], of 32 images in the paper's runs. Both blocks of a pair get a
+    gradient. No projection heads. Terms in fp32; the products in TF32 on GPUs.
  7. SRA's loss [its defaults are those of train_sra.py]: smooth L1, student block -> EMA's block by depth, lower noise for the teacher.
 
 Differences from the official code
  1. As released, its train.py stops with an AttributeError, or, patched naively, silently drops the long residuals.
  2. loss.py branches on tensors for non-finite values, many times a step, and returns 0 then; here a non-finite loss stops the run.
- 3. Its anchor list wraps round to the last blocks for d > 9 and pairs blocks with themselves in small networks; here that is refused.
+ 3. Its anchor list wraps round to the last blocks for d > 9 and pairs blocks with themselves in small networks;
+    here it ends with the last pair, and an anchor without pairs is refused.
  4. `--block-diversity-loss-coeff` does nothing there (later versions: a constant, with which the paper's Table 8 diverges):
     `--diversity-weight`. 5. Features are kept for the chosen blocks only. 6. It trains in fp16, we in bf16.
  7. No VAE latents yet: images are pixels; 256 px at patch 8 are 1,024 tokens, where the paper's latents at patch 2 are 256.
@@ -95,14 +99,15 @@ def block_pairs(depth, pairs, anchor):
 
 
 def diversity_terms(features, pairs):
-    """orth, MI, disp (scalars) of features (K, N, T, D) over the pairs (K, K), 0 or 1, of those K blocks: Eq. 9-14 as in loss.py."""
-    f, count = features.float().flatten(1, 2), pairs.sum()  # (K, N T, D)
-    means = F.normalize(f.mean(1), dim=1, eps=1e-8)  # (K, D)
-    directions = F.normalize(f, dim=2, eps=1e-8).flatten(1)  # (K, N T D)
-    orth = ((means @ means.T) * pairs).sum() / count
-    mi = ((directions @ directions.T / f.shape[1]).abs() * pairs).sum() / count
-    activity = (f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-12)).mean(0)  # (D,)
-    disp = -((activity / (activity.max() + 1e-8)).var(unbiased=False) / 0.25).clamp(0, 1)
+    """orth, MI, disp (scalars) of features (K, N, T, D) over the pairs (K, K), 0 or 1, of those K blocks: section 3.2, as in loss.py."""
+    with torch.autocast(features.device.type, enabled=False):
+        f, count = features.float().flatten(1, 2), pairs.sum()  # (K, N T, D)
+        means = F.normalize(f.mean(1), dim=1, eps=1e-8)  # (K, D)
+        directions = F.normalize(f, dim=2, eps=1e-8).flatten(1)  # (K, N T D)
+        orth = ((means @ means.T) * pairs).sum() / count
+        mi = ((directions @ directions.T / f.shape[1]).abs() * pairs).sum() / count
+        activity = (f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-12)).mean(0)  # (D,)
+        disp = -((activity / (activity.max() + 1e-8)).var(unbiased=False) / 0.25).clamp(0, 1)
     return orth, mi, disp
 
 
@@ -137,6 +142,8 @@ class DiverseDiT(nn.Module):
                 raise ValueError(f"no pair of blocks: need --pair-layers 2 or more, and 1 <= --anchor-block < {depth} (the depth)")
             if not 0 <= args.weight_range[0] < args.weight_range[1]:
                 raise ValueError(f"--weight-range {args.weight_range[0]} {args.weight_range[1]}: need 0 <= LOW < HIGH")
+            if not all(0 <= w < math.inf for w in args.term_weights):
+                raise ValueError(f"--term-weights {' '.join(map(str, args.term_weights))}: must be 0 or more")
             pairs = torch.zeros(self.layers, self.layers)
             for i, j in block_pairs(self.layers, args.pairs, args.anchor_block):
                 pairs[i - 1, j - 1] = 1
@@ -159,7 +166,7 @@ class DiverseDiT(nn.Module):
         """Blocks (counted from 1) that the loss sees in this step, in ascending order; equal on all ranks and in all micro-batches."""
         if self.layers == self.depth:
             return range(1, self.depth + 1)
-        rng = np.random.default_rng([self.args.seed, self.step])
+        rng = np.random.default_rng(seed_of(self.args.seed, self.step))
         return sorted((rng.permutation(self.depth)[: self.layers] + 1).tolist())
 
     def forward(self, x0, y, t=None, noise=None, drop=None, u=None, layers=None):
@@ -179,8 +186,7 @@ class DiverseDiT(nn.Module):
         denoise = self.diffusion.loss(out, x0, noise, t).mean()
         total, terms = denoise, {"denoise": denoise}
         if layers:
-            with torch.autocast(x0.device.type, enabled=False):
-                orth, mi, disp = diversity_terms(torch.stack([features[k] for k in layers]), self.pairs)
+            orth, mi, disp = diversity_terms(torch.stack([features[k] for k in layers]), self.pairs)
             diversity = sum(a * b for a, b in zip(args.term_weights, (orth, mi, disp)))
             weight = adaptive_weight(diversity, *args.weight_range)
             if args.diversity_weight is not None:
@@ -532,6 +538,7 @@ def main(method_cls, args):
         print(f"step {step} of {args.steps}, in {out}" + ("" if step == args.steps else ": the same command goes on from here"), flush=True)
     if world > 1:
         dist.barrier()
+        del wrapped  # while the group lives: as its last holder it would wait, with the GIL, for a thread of gloo's that may want the GIL
         dist.destroy_process_group()
 
 

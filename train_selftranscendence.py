@@ -11,22 +11,26 @@ between that network's features with and without label. Heads are not used in sa
               L = L_gen + 0.5 mean m ||MLP(h_k) - f_g||^2   until --stop-step, then L_gen          squares are means over elements
 
 Commands; running one again resumes it from its newest checkpoint
-    TINY="--image-size 16 --model DiT-Ti/2 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup"      # toy: built-in shapes, CPU
-    python train_selftranscendence.py $TINY --steps 500 --out results/stage1 &&
-        python train_selftranscendence.py $TINY --steps 1000 --stage 2 --teacher results/stage1 --stop-step 250 --out results/stage2
-    ST="torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --image-size 256 --model SiT-XL/8"    # 8 GPUs
-    $ST --steps 200000 --out results/stage1 && $ST --steps 400000 --stage 2 --teacher results/stage1 --out results/stage2
-    512 px: --image-size 512. 2 nodes, on both: torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --nproc_per_node=8 ...
+    python train_selftranscendence.py --image-size 16 --model DiT-Ti/2 --steps 500 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup
+        --out results/stage1 && python train_selftranscendence.py --image-size 16 --model DiT-Ti/2 --steps 1000 --batch-size 16 --lr 2e-3
+        --warmup 100 --ema-warmup --stage 2 --teacher results/stage1 --stop-step 250 --out results/stage2                   toy, on a CPU
+    torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --image-size 256 --model SiT-XL/8 --steps 200000
+        --out results/stage1                                                                                      8 GPUs, 256 px; then
+    torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --image-size 256 --model SiT-XL/8 --steps 400000
+        --stage 2 --teacher results/stage1 --out results/stage2                     512 px: both with --image-size 512 --micro-batch 8
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_selftranscendence.py ...  2 nodes, on both
 Defaults: batch 256, AdamW 1e-4, clipping at 1; qk-norm, no flips and no EMA warm-up as released (`--no-qk-norm` to compare with the other
 scripts). `--align-weight 0`: plain SiT or DiT, without head or teacher. A plain SiT can be the teacher too, as an ablation.
-Logged: align, before its weight; its mean over images in and out of --t-range (align_in, _out), with and without label (align_kept,
-_dropped), divided by expected shares, so that averages over many steps are right; |f_c - f_u| / |f_u| (guidance_gap) and |f_g| / |f_u|.
+Logged: align, as --t-mode has it, before its weight. Stage 2, of the images that the teacher saw: its mean over those in --t-range, with
+label, without (align_in, _kept, _dropped; sums divided by expected counts: right on average over many steps), |f_c - f_u| / |f_u|
+(guidance_gap), |f_g| / |f_u| (guided_norm). Not logged: the gradient norm of each term.
 
 Implementation details (csslc/Self-Transcendence at 42fde5d; 1, 2: stage; T: train_*.py, sh: train_*.sh, M: models/*.py)
  1. Stage 1 predicts the velocity, though the abstracts speak of VAE features [loss.py:226]; `--stage1-target x0`: compared in x_0.
  2. MLP: D -> 2048 -> 2048 -> D, SiLU [M2:18]; 2 D wide below D = 768 (ours). Stage 1: LayerNorm without affine, then linear [M1:161].
  3. Blocks: stage 1 block 2 [sh1, for B]; stage 2 depth / 2 -> 2 depth / 3: B 6 -> 8 [sh2], L 12 -> 16, XL 14 -> 18 by the same rule.
- 4. Teacher: online weights, not the EMA [T2:178]; fp32, on GPUs TF32 [T2:170]; it stops at its block [M2:300].
+ 4. Teacher: online weights, not the EMA [T2:178]; fp32, on GPUs TF32 [T2:170] (bf16 moved f_g by 1 % in the toy); it stops at its block
+    [M2:300]. It must have the student's network and process, and should have its data: of the classes only the number is compared.
  5. Guidance 30, weight 0.5, plain MSE, stop at step 100,000 [sh2; T2:429]; 50,000 from 24 blocks on (a third party's notes). Other
     lengths: stage 1, stage 2 and stop are in proportion 40 : 80 : 20 epochs (10 for L and XL).
  6. A student whose label is dropped has the conditional target [T2:285]. `--drop-target` unconditional: f_g = f_u for it; skip: no term.
@@ -34,10 +38,11 @@ Implementation details (csslc/Self-Transcendence at 42fde5d; 1, 2: stage; T: tra
 
 Differences from the official code
  1. Its --t-range masks nothing: (N, 1, 1, 1) times (N,) broadcasts [loss.py:237, 328]. `--t-mode` masked: as described; all: every t, times
-    high - low (released, in expectation); released: times the share in range of the micro-batch; selected: mean over those in range.
- 2. Its stage 2 stops with a NameError [T2:188], S does not run [M2:206], no teacher file means a random teacher [T2:176]: errors here.
+    high - low (released, in expectation); released: times the share in range of the micro-batch; selected: mean over those in range of
+    the micro-batch (0 if there are none, so that small ones drift towards masked).
+ 2. Its stage 2 stops with a NameError [T2:188], S does not run [M2:206]. Its teacher is random if no file is given [T2:176].
  3. Its head and teacher run on all images, and the teacher on after the stop; ours, for masked and selected, on those in range alone
-    (three in ten), and the teacher is freed at the stop.
+    (three in ten), and the teacher is freed at the stop; a run resumed after it still needs the file, for its first step.
  4. Its null label is always 1000 [loss.py:315]. 5. It trains in fp16, we in bf16.
  6. No VAE latents yet: images are pixels; 256 px at patch 8 are 1,024 tokens (512 px: 4,096), where latents at patch 2 are 256 (1,024).
 """
@@ -67,7 +72,7 @@ from models import Block, image_grid, load_checkpoint, newest_checkpoint, on_ran
 from models import DiT, build_model, frozen_copy
 
 DEFAULTS = {"qk_norm": True, "ema_warmup": False, "flip": False}
-LOGGED = ("align", "align_in", "align_out", "align_kept", "align_dropped", "guidance_gap", "guided_norm")  # terms of stage 2
+LOGGED = ("align", "align_in", "align_kept", "align_dropped", "guidance_gap", "guided_norm")  # terms of stage 2
 
 
 def method_arguments(parser):
@@ -78,14 +83,14 @@ def method_arguments(parser):
     add("--head-width", type=int, help="hidden width of the head (default: 2048, or twice the network's where that is below 768)")
     add("--t-range", type=float, nargs=2, default=[0.4, 0.7], metavar=("LOW", "HIGH"), help="times of the term, both ends included")
     add("--t-mode", choices=("masked", "selected", "all", "released"), default="masked", help="how --t-range counts: difference 1")
-    add("--stage1-target", choices=("velocity", "x0"), help="what the head of stage 1 predicts (default: velocity)")
+    add("--stage1-target", choices=("velocity", "x0"), help="stage 1: in which its error is measured (default: velocity)")
     add("--teacher", metavar="CKPT", help="stage 2: a checkpoint of stage 1, or its run folder, whose newest is taken")
-    add("--teacher-weights", choices=("model", "ema"), default="model", help="which weights of that checkpoint")
-    add("--teacher-block", type=int, help="block of the teacher that is regressed (default: 2 depth / 3)")
-    add("--teacher-precision", choices=("fp32", "bf16"), default="fp32")
-    add("--feature-guidance", type=float, default=30.0, help="w of f_u + w (f_c - f_u)")
-    add("--stop-step", type=int, help="steps with the term of stage 2 (default: 100000; 50000 from 24 blocks on)")
-    add("--drop-target", choices=("conditional", "unconditional", "skip"), default="conditional", help="of students without label")
+    add("--teacher-weights", choices=("model", "ema"), default="model", help="stage 2: which weights of that checkpoint")
+    add("--teacher-block", type=int, help="stage 2: block of the teacher that is regressed (default: 2 depth / 3)")
+    add("--teacher-precision", choices=("fp32", "bf16"), default="fp32", help="stage 2")
+    add("--feature-guidance", type=float, default=30.0, help="stage 2: w of f_u + w (f_c - f_u)")
+    add("--stop-step", type=int, help="stage 2: steps with its term (default: 100000; 50000 from 24 blocks on)")
+    add("--drop-target", choices=("conditional", "unconditional", "skip"), default="conditional", help="stage 2: of students without label")
 
 
 def window_mean(values, inside, counted, mode, share):
@@ -124,7 +129,9 @@ class SelfTranscendence(nn.Module):
         if not 1 <= self.student_block <= depth or not 1 <= self.teacher_block <= depth:
             blocks = f"--student-block {self.student_block}" + f", --teacher-block {self.teacher_block}" * (self.stage == 2)
             raise ValueError(f"{blocks}: need blocks from 1 to {depth} (the depth)")
-        width = args.head_width or (2048 if dim >= 768 else 2 * dim)
+        width = (2048 if dim >= 768 else 2 * dim) if args.head_width is None else args.head_width
+        if width < 1:
+            raise ValueError("--head-width 0: must be 1 or more")
         layers = [nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)]
         if self.stage == 1:
             layers += [nn.LayerNorm(dim, 1e-6, elementwise_affine=False), nn.Linear(dim, self.model.final_layer.linear.out_features)]
@@ -144,15 +151,18 @@ class SelfTranscendence(nn.Module):
         if not args.teacher:
             raise ValueError("--stage 2 needs --teacher, a checkpoint or run folder of stage 1")
         path = Path(args.teacher)
-        file = newest_checkpoint(path / "checkpoints") if path.is_dir() else path
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        file = newest_checkpoint(folder) if path.is_dir() else path
         if not file or not file.exists():
-            raise ValueError(f"--teacher {path}: " + ("no such file or folder" if file else "no checkpoints/*.pt in this folder"))
+            raise ValueError(f"--teacher {path}: " + ("no such file or folder" if file else "no checkpoint in this folder"))
         saved = load_checkpoint(file, checked=path.is_dir())
         theirs = {**saved["args"]["network"], "diffusion": saved["args"]["diffusion"]}
         ours = {**self.model.config, "diffusion": args.diffusion}
         unlike = [f"{k} {theirs.get(k)} (here {ours.get(k)})" for k in ours | theirs if ours.get(k) != theirs.get(k)]
         if unlike:
             raise ValueError(f"--teacher {file} does not fit this run: it has {', '.join(unlike)}")
+        if saved["args"].get("label_drop") == 0 and self.guidance != 1:
+            raise ValueError(f"--teacher {file} was trained with --label-drop 0: it has no unconditional features to guide away from")
         args.teacher = str(file)  # what the run's checkpoints record: a folder may get newer ones
         teacher = build_model(saved["args"]["network"])
         teacher.load_state_dict(saved[args.teacher_weights])
@@ -170,10 +180,7 @@ class SelfTranscendence(nn.Module):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop (N,) from U(0, 1)."""
         n, (low, high) = len(x0), self.t_range
         t = self.diffusion.draw_t(n, "cpu") if t is None else t  # on the CPU, where it is known without waiting which images count
-        rows = slice(None)  # images on which head and teacher run: those that count, but at least one (of weight 0), for DDP
-        if not self.everywhere:
-            rows = ((t >= low) & (t <= high)).nonzero()[:, 0].to(x0.device)
-            rows = rows if len(rows) else slice(1)
+        in_range = (t >= low) & (t <= high)
         t = t.to(x0.device, non_blocking=True)
         noise = torch.randn_like(x0) if noise is None else noise
         dropped = (torch.rand(n, device=x0.device) if drop is None else drop) < self.label_drop
@@ -186,10 +193,13 @@ class SelfTranscendence(nn.Module):
                 return {"loss": denoise, "denoise": denoise}
             unused = sum(0 * p.sum() for p in self.head.parameters())  # DDP wants a gradient of every parameter
             return {"loss": denoise + unused, "denoise": denoise, **dict.fromkeys(LOGGED, torch.zeros_like(denoise))}
+        rows = slice(None)  # images on which head and teacher run: those that count, but at least one (of weight 0), for DDP
+        if not self.everywhere:
+            rows = in_range.nonzero()[:, 0].to(x0.device, non_blocking=True) if in_range.any() else slice(1)
         out, features = self.model(*inputs, features=(self.student_block,))
         denoise = self.diffusion.loss(out, x0, noise, t).mean()
         projected = self.head(features[self.student_block][rows]).float()  # (R, T, D), in stage 1 (R, T, p * p * C)
-        inside = ((t >= low) & (t <= high)).float()
+        inside = in_range.to(x0.device, torch.float32, non_blocking=True)
         counted, error = torch.ones_like(inside), torch.zeros_like(inside)  # (N,)
         if self.stage == 1:
             early, x_t, x0, noise, t = self.model.unpatchify(projected), x_t[rows], x0[rows], noise[rows], t[rows]  # (R, C, H, W)
@@ -202,14 +212,13 @@ class SelfTranscendence(nn.Module):
         error[rows] = (projected - f_g).square().flatten(1).mean(1)
         kept = (~dropped).float()
         align = window_mean(error, inside, kept if self.drop_target == "skip" else counted, self.t_mode, high - low)
-        seen, in_range, all_seen = (counted, high - low, 1.0) if self.everywhere else (inside, high - low, high - low)
+        seen, share = (counted, 1.0) if self.everywhere else (inside, high - low)
         groups = {  # images and their expected share
-            "align_in": (inside, in_range),
-            "align_out": (seen - inside, all_seen - in_range),
-            "align_kept": (seen * kept, all_seen * (1 - self.label_drop)),
-            "align_dropped": (seen * (1 - kept), all_seen * self.label_drop),
+            "align_in": (inside, high - low),
+            "align_kept": (seen * kept, share * (1 - self.label_drop)),
+            "align_dropped": (seen * (1 - kept), share * self.label_drop),
         }
-        terms = {name: (error * group).mean() / max(share, 1e-9) for name, (group, share) in groups.items()}
+        terms = {name: (error * group).mean() / max(expected, 1e-9) for name, (group, expected) in groups.items()}
         terms |= {"guidance_gap": (f_c - f_u).norm() / f_u.norm(), "guided_norm": f_g.norm() / f_u.norm()}
         return {"loss": denoise + self.weight * align, "denoise": denoise, "align": align, **terms}
 
@@ -551,6 +560,7 @@ def main(method_cls, args):
         print(f"step {step} of {args.steps}, in {out}" + ("" if step == args.steps else ": the same command goes on from here"), flush=True)
     if world > 1:
         dist.barrier()
+        del wrapped  # while the group lives: as its last holder it would wait, with the GIL, for a thread of gloo's that may want the GIL
         dist.destroy_process_group()
 
 

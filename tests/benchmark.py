@@ -7,7 +7,7 @@ For each row: images/s (median step), the ratio to the first row, the bound on t
 pass costs one forward of the blocks it runs, training three), peak memory, and the share of a step outside the network's forward and
 backward: reading the images (in this process; the training scripts read ahead in others with --workers), clipping, AdamW, EMA. On CUDA also
 MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy machine disturbs all alike; only
-ratios within one run mean something.
+ratios within one run mean something. All rows have the same network: Self-Transcendence is without the qk-norm that is its default.
 """
 
 import argparse
