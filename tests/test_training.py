@@ -223,6 +223,7 @@ def ddp_gradients(rank, world, port, name, folder):
     loss.backward()
     gradients = {k: p.grad for k, p in method.named_parameters() if p.requires_grad}
     torch.save({"loss": loss.detach(), "gradients": gradients}, f"{folder}/{rank}.pt")
+    del wrapped  # see the end of the scaffold
     torch.distributed.destroy_process_group()
 
 
