@@ -12,14 +12,17 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import zipfile
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from tqdm import tqdm
 
 SIZES = {  # depth, hidden size, heads: DiT Table 1; H is MaskDiT's; Ti is ours, for CPUs
     "Ti": (6, 128, 4),
@@ -708,8 +711,8 @@ def load_vae(path, groups=32):
     """Released weights (.safetensors, or .bin in torch's zip format, told apart by content) -> (AutoencoderKL, sha256).
 
     The network is float32, in eval mode, without gradients. Its architecture is read from the tensors; the number of groups of its norms
-    cannot be, but is 32 in Stable Diffusion's. Both namings of the attention are taken. The hexadecimal sha256 is that of the float32 weights in
-    use, with their names: it does not depend on format or naming, and identifies the latents made with them.
+    cannot be, but is 32 in all releases. Both namings of the attention are taken. The hexadecimal sha256 is that of the float32 weights
+    with their names: it does not depend on format or naming, and identifies the latents made with them.
     Raises ValueError, one line, if the file is missing, damaged or something else, and for missing, unexpected or wrongly shaped keys.
     """
     try:
@@ -755,3 +758,125 @@ def load_vae(path, groups=32):
         digest.update(name.encode())
         digest.update(tensor.flatten().numpy())
     return model.eval().requires_grad_(False), digest.hexdigest()
+
+
+# Latents
+
+
+class LatentCache(torch.utils.data.Dataset):
+    """A finished file of latent moments (see cache_latents), memory-mapped: `header`, `classes`; items by lists of (index, flip)."""
+
+    def __init__(self, path, header):
+        self.classes, self.header = header["classes"], header
+        _, labels, moments, _ = latent_layout(header)
+        self.labels = np.memmap(path, np.int32, "r", labels, (header["count"],))
+        self.moments = np.memmap(path, np.float16, "r", moments, (header["count"], 2, *header["moments"]))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitems__(self, keys):
+        """[(index, flip), ...] -> float16 moments (N, 2 C, h, w), means before log-variances, and int64 labels (N,)."""
+        index, flip = np.array(keys, dtype=np.int64).T
+        return torch.from_numpy(self.moments[index, flip]), torch.from_numpy(self.labels[index].astype(np.int64))
+
+    def prepare(self, moments):
+        """A fresh sample of the posterior, scaled to about unit variance: (N, 2 C, h, w) -> (N, C, h, w) float32, on the same device."""
+        mean, logvar = moments.float().chunk(2, 1)
+        return (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * VAE_SCALE
+
+
+def latent_layout(header):
+    """Byte offsets of the parts of a latent file: flags of finished images, labels, moments, and the end."""
+    count, flags = header["count"], 2**20  # the header has the first MiB
+    labels = flags + -(-count // 4096) * 4096
+    moments = labels + -(-4 * count // 4096) * 4096
+    return flags, labels, moments, moments + 4 * count * math.prod(header["moments"])
+
+
+def check_latents(path, expected):
+    """Raises ValueError, one line, unless the file's header is the one expected; names what differs."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(2**20).rstrip(b"\0"))
+        unlike = [k for k in expected if header[k] != expected[k]]
+        size = latent_layout(header)[3]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a file of latents: move it away") from None
+    if unlike:
+        shown = ", ".join(f"{k} {str(header[k])[:20]} (needed: {str(expected[k])[:20]})" for k in unlike)
+        raise ValueError(f"{path} holds latents of another data set or VAE: {shown}; move it away to encode anew")
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes in place of {size}: move it away to encode anew")
+
+
+def cache_latents(path, images, vae, vae_hash, bf16, workers, batch_size=32):
+    """Encode every image and its mirror once, by all processes -> LatentCache. An interrupted encoding goes on where it stopped.
+
+    path: one file: a JSON header of all that the latents depend on, flags of finished images, labels, and moments (count, 2, 2 C, h, w) in
+    float16, the second of the two those of the mirror; called PATH.partial until it is whole. 42 GB for ImageNet at 256 px.
+    images: items (index, False) -> uint8 (3, S, S) and label, or a message; `classes`, `size`, and `digest`, of their names.
+    vae: on its device; bf16: encode under autocast. Raises, one line each, ValueError on every process (a file of other latents, no room)
+    and OSError on one alone (an unreadable image, latents that overflow float16).
+    """
+    if images.size % vae.factor:
+        raise ValueError(f"the image size {images.size} is not divisible by {vae.factor}, as the VAE needs")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    partial, device = path.with_name(f"{path.name}.partial"), next(vae.parameters()).device
+    side = images.size // vae.factor
+    expected = {"format": "latents 1", "count": len(images), "classes": images.classes, "names": images.digest, "size": images.size}
+    expected |= {"crop": "ADM centre", "vae": vae_hash, "scale": VAE_SCALE, "moments": [2 * vae.latent_channels, side, side]}
+    flags, labels, moments, end = latent_layout(expected)
+
+    def open_file():
+        for existing in (path, partial):
+            if existing.exists():
+                return check_latents(existing, expected)
+        room = shutil.disk_usage(path.parent).free
+        if room < end:
+            raise ValueError(f"{partial} needs {end / 1e9:.1f} GB, and there are {room / 1e9:.1f} GB")
+        with open(partial, "wb") as file:
+            file.write(json.dumps(expected).encode().ljust(2**20, b"\0"))
+            file.truncate(end)
+
+    on_rank_0(open_file)
+    if path.exists():
+        return LatentCache(path, expected)
+    file = os.open(partial, os.O_RDWR)
+    finished = np.memmap(partial, np.uint8, "r", flags, (expected["count"],))
+    mine = np.array_split(np.flatnonzero(finished[:] == 0), world)[rank].tolist()
+    bar = tqdm(total=expected["count"], disable=rank > 0, unit="img", desc="encoding", dynamic_ncols=True)
+    batches = [[(i, False) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size)]
+    loader = torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=list)
+    size = 4 * math.prod(expected["moments"])  # bytes of an image and its mirror
+    for keys, items in zip(batches, loader):
+        broken = next((item for item in items if isinstance(item, str)), None)
+        if broken:
+            raise OSError(broken)
+        x = torch.stack([image for image, _ in items]).to(device).float() / 127.5 - 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            encoded = torch.cat(vae.encode(torch.cat([x, x.flip(3)])), 1).half()  # (2 N, 2 C, h, w)
+        if not torch.isfinite(encoded).all():
+            raise OSError(f"{partial}: latents of images {keys[0][0]} to {keys[-1][0]} are not finite in float16: is this the right VAE?")
+        pairs = encoded.unflatten(0, (2, -1)).transpose(0, 1).contiguous().cpu().numpy()  # (N, 2, 2 C, h, w)
+        for (i, _), pair, (_, label) in zip(keys, pairs, items):
+            os.pwrite(file, pair.tobytes(), moments + i * size)
+            os.pwrite(file, np.int32(label).tobytes(), labels + 4 * i)
+        os.fdatasync(file)  # flags are never on disk before what they stand for
+        for i, _ in keys:
+            os.pwrite(file, b"\1", flags + i)
+        if rank == 0:
+            bar.update(int(finished.sum()) - bar.n)
+    os.fsync(file)
+    os.close(file)
+    if world > 1:
+        dist.barrier()
+    bar.close()
+
+    def finish():
+        if not np.memmap(partial, np.uint8, "r", flags, (expected["count"],)).all():
+            raise ValueError(f"{partial} lacks images that other processes encoded: it must be in a folder that all of them share")
+        os.replace(partial, path)
+
+    on_rank_0(finish)
+    return LatentCache(path, expected)

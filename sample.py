@@ -2,22 +2,28 @@
 
     python sample.py --ckpt results/train_sra --num 1000 --out samples/sra                          newest checkpoint of a run, its EMA
     torchrun --nproc_per_node=8 sample.py --ckpt CKPT.pt --num-samples 50000 --solver sde --steps 250               50k on eight GPUs
-    python sample.py --ckpt DiT.pt --official dit --model DiT-XL/2 --solver sde --steps 250 --guidance 1.5 --guidance-channels 3 --latents
-                                                                                                    official weights, DiT's own protocol
+
+The papers' protocols, with 50,000 images; VAE: sd-vae-ft-ema's diffusion_pytorch_model.safetensors; on eight GPUs as above
+    python sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 --vae VAE --solver sde --steps 250 --num 50000     SiT, SRA: SDE
+    ... --guidance 1.8 --guidance-interval 0 0.7                                                            and with guidance, as in SRA
+    python sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 --vae VAE --solver heun --steps 125 --num 50000       SiT: ODE
+    python sample.py --ckpt DiT-XL-2-256x256.pt --official dit --model DiT-XL/2 --vae VAE --solver sde --steps 250 --guidance 1.5
+        --guidance-channels 3 --num 50000                                                                                  DiT: DDPM
+    python sample.py --ckpt maskdit.pt --official maskdit --model DiT-XL/2 --vae VAE --solver heun --steps 40 --guidance 1.5 --num 50000
+Checkpoints of the training scripts need neither --official nor --model nor --vae: they remember all three.
 
 Writes under --out: samples.npz (ADM's format: `arr_0` uint8 (num, H, W, 3), and `arr_1` int64 labels), grid.png, protocol.json with
-everything the images depend on, and with --png one file an image. Noise and label of image i depend on (--seed, i) alone: the number of
-processes and the batch size change nothing but rounding. An interrupted run goes on when the same command is given again. (--num-samples is
---num; some versions of torchrun take --num for one of their own options.)
+everything the images depend on (also in samples.npz), and with --png one file an image. Noise and label of image i depend on (--seed, i)
+alone: the number of processes and the batch size change nothing but rounding. An interrupted run goes on when the same command is given
+again. (--num-samples is --num; some versions of torchrun take --num for one of their own options.)
 
 Solvers (diffusion.py cites each): heun and euler integrate the probability-flow ODE (EDM + heun: EDM Algorithm 1; DDPM + euler: DDIM). sde
 is REPA's Euler-Maruyama for flow, ancestral sampling for DDPM, EDM's Algorithm 2 for EDM (--churn S_churn S_min S_max S_noise).
 Pixels are clipped to [-1, 1] at every DDPM step, as Ho et al. do; official checkpoints are latent models, so nothing is clipped.
-Latent models need a VAE to become images; that part is not here yet: --latents stores the latents instead (`arr_0` float32 (num, C, H, W)).
+Latents become images by the VAE's decoder, in the network's precision; --latents stores them instead (`arr_0` float32 (num, C, H, W)).
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -27,6 +33,7 @@ import shutil
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +45,12 @@ from tqdm import tqdm
 from diffusion import DIFFUSIONS, Guided, ImageNoise, make_diffusion, sample_ode, sample_sde
 from models import (
     SOURCES,
+    VAE_SCALE,
     build_model,
     image_grid,
     load_checkpoint,
     load_official,
+    load_vae,
     newest_checkpoint,
     on_rank_0,
     parse_model,
@@ -80,7 +89,8 @@ def parse_args(argv=None):
     add("--labels", choices=("random", "balanced"), default="random", help="a random class each (as in the papers), or in turn")
     add("--seed", type=int, default=0)
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the sampler's state is float64")
-    add("--latents", action="store_true", help="store what the network generates, float32, without turning it into images")
+    add("--vae", type=Path, help="weights that turn latents into images (default: the file that the network was trained with)")
+    add("--latents", action="store_true", help="store the latents, float32, instead of images")
     add("--png", action="store_true", help="also write one PNG an image")
     args = parser.parse_args(argv)
     for name in ("num", "batch_size", "steps"):
@@ -133,7 +143,23 @@ def load_network(args, path):
     net = build_model(trained["network"])
     net.load_state_dict(saved[args.weights])
     about = {"script": trained["script"], "model": trained["model"], "diffusion": trained["diffusion"], "step": saved["step"]}
-    return net.eval(), make_diffusion(trained["diffusion"], clip=True), {"file": path.name, **about, "class_names": trained["classes"]}
+    about |= {"vae": trained["vae"], "vae_hash": trained["vae_hash"]} if trained.get("vae") else {}
+    diffusion = make_diffusion(trained["diffusion"], clip=not trained.get("vae"))
+    return net.eval(), diffusion, {"file": path.name, **about, "class_names": trained["classes"]}
+
+
+def load_decoder(args, about):
+    """(VAE, hash) that turn latents into images: --vae, or what the checkpoint remembers. Raises ValueError with one line."""
+    file = args.vae or (Path(about["vae"]) if "vae" in about else None)
+    if not file:
+        raise ValueError(f"{args.ckpt} generates latents: give --vae, the weights of their VAE, or --latents to store them as they are")
+    if not file.exists():
+        hint = "" if args.vae else f", the VAE that {args.ckpt} was trained with: give --vae"
+        raise ValueError(f"no file {file}{hint}")
+    vae, vae_hash = load_vae(file)
+    if about.get("vae_hash", vae_hash) != vae_hash:
+        raise ValueError(f"{file} is another VAE than the one that {args.ckpt} was trained with")
+    return vae, vae_hash
 
 
 def stored(folder):
@@ -159,8 +185,8 @@ def missing_batches(parts, num, batch_size):
     return batches
 
 
-def join_parts(parts, num, path):
-    """Write samples.npz part by part, so that 50,000 large images need no memory: arr_0 as it was stored, arr_1 labels."""
+def join_parts(parts, num, protocol, path):
+    """Write samples.npz part by part, so that 50,000 images need no memory: arr_0 as it was stored, arr_1 labels, protocol in JSON."""
     labels = np.concatenate([np.load(part)["labels"] for part in parts])
     first = np.load(parts[0])["images"]
 
@@ -173,6 +199,8 @@ def join_parts(parts, num, path):
                     entry.write(np.load(part)["images"].tobytes())
             with archive.open("arr_1.npy", "w") as entry:
                 np.lib.format.write_array(entry, labels)
+            with archive.open("protocol.npy", "w") as entry:
+                np.lib.format.write_array(entry, np.array(json.dumps(protocol)))
 
     write_atomically(path, write)
 
@@ -191,7 +219,7 @@ def write_pictures(batches, args):
     write_atomically(args.out / "grid.png", lambda file: grid.save(file, "png"))
 
 
-def describe(args, about, digest, channels):
+def describe(args, about, digest, channels, vae_hash):
     """Everything the images depend on, as plain JSON values."""
 
     def plain(values):
@@ -203,7 +231,7 @@ def describe(args, about, digest, channels):
         "sampler": {"solver": args.solver, "steps": args.steps, "churn": plain(args.churn) if churned else None},
         "guidance": {"scale": args.guidance, "interval": plain(args.guidance_interval), "channels": args.guidance_channels or channels},
         "labels": {"classes": args.classes or "all", "how": args.labels},
-        "num": args.num, "seed": args.seed, "precision": args.precision, "latents": args.latents,
+        "num": args.num, "seed": args.seed, "precision": args.precision, "latents": args.latents, "vae": vae_hash,
     }  # fmt: skip
 
 
@@ -241,15 +269,31 @@ def main(args):
             raise ValueError(f"--classes {' '.join(map(str, classes))}: the model knows classes 0 to {num_classes - 1}")
         if args.guidance_channels and args.guidance_channels > shape[0]:
             raise ValueError(f"--guidance-channels {args.guidance_channels}: the model generates {shape[0]} channels")
-        if shape[0] != 3 and not args.latents:
-            raise ValueError(f"{args.ckpt} generates latents of {shape[0]} channels; there is no VAE here yet: --latents stores them")
-        if args.latents and args.png:
-            raise ValueError("--latents stores no images: leave out --png")
-        done, batches = on_rank_0(lambda: open_output(args, describe(args, about, digest, shape[0])))
+        if args.latents and (args.png or args.vae):
+            raise ValueError("--latents stores no images: leave out --png and --vae")
+        if shape[0] == 3 and args.vae:
+            raise ValueError(f"{args.ckpt} generates pixels: leave out --vae")
+        vae, vae_hash = load_decoder(args, about) if shape[0] != 3 and not args.latents else (None, None)
+        protocol = describe(args, about, digest, shape[0], vae_hash)
+        done, batches = on_rank_0(lambda: open_output(args, protocol))
     except ValueError as error:
         fail(error)
     churn = dict(zip(("S_churn", "S_min", "S_max", "S_noise"), args.churn))
     parts_folder, finished = args.out / "parts", args.out / "samples.npz"
+    autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": args.precision == "bf16"}
+    vae, cuda, waiting = vae and vae.to(device), device.type == "cuda", None
+    decoding = torch.cuda.Stream() if cuda else None
+
+    def finish(first, end, x, y, sampled):
+        """Decode and store a batch: on a GPU in a thread and stream of its own, while the next one is sampled."""
+        with torch.cuda.stream(decoding), torch.autocast(**autocast):
+            if sampled:
+                decoding.wait_event(sampled)
+            images = x.float() if args.latents else to_uint8(vae.decode(x.float() / VAE_SCALE) if vae else x)
+            part = {"images": images.cpu().numpy(), "labels": y.cpu().numpy()}
+        write_atomically(parts_folder / f"{first}-{end}.npz", lambda file: np.savez(file, **part))
+
+    pool = ThreadPoolExecutor(1)
     bar = tqdm(total=args.num, initial=args.num - sum(b - a for a, b in batches), disable=rank > 0, unit="img", dynamic_ncols=True)
     for k, (first, end) in enumerate(batches):
         if k % world == rank:
@@ -257,14 +301,19 @@ def main(args):
             noise = draw()
             in_turn = torch.tensor([classes[i % len(classes)] for i in range(first, end)], device=device)
             y = draw.choice(classes) if args.labels == "random" else in_turn
-            with torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else contextlib.nullcontext():
+            with torch.autocast(**autocast):
                 if args.solver == "sde":
                     x = sample_sde(guided, diffusion, noise, y, args.steps, draw, churn=churn)
                 else:
                     x = sample_ode(guided, diffusion, noise, y, args.steps, args.solver)
-            part = {"images": (x.float() if args.latents else to_uint8(x)).cpu().numpy(), "labels": y.cpu().numpy()}
-            write_atomically(parts_folder / f"{first}-{end}.npz", lambda file, part=part: np.savez(file, **part))
+            if waiting:
+                waiting.result()
+            waiting = pool.submit(finish, first, end, x, y, torch.cuda.current_stream().record_event()) if cuda else None
+            if not cuda:
+                finish(first, end, x, y, None)
         bar.update(end - first)
+    if waiting:
+        waiting.result()
     if world > 1:
         dist.barrier()
     bar.close()
@@ -276,7 +325,7 @@ def main(args):
         if not args.latents and (args.png or not done):
             write_pictures([np.load(finished)["arr_0"]] if done else (np.load(path)["images"] for path in ordered), args)
         if not done:
-            join_parts(ordered, args.num, finished)
+            join_parts(ordered, args.num, protocol, finished)
         shutil.rmtree(parts_folder)
         print(f"{args.num} samples in {finished}" + (", made before" if done else ""), flush=True)
     if world > 1:

@@ -14,10 +14,10 @@ Commands; running one again resumes it from its newest checkpoint
     python train_selftranscendence.py --image-size 16 --model DiT-Ti/2 --steps 500 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup
         --out results/stage1 && python train_selftranscendence.py --image-size 16 --model DiT-Ti/2 --steps 1000 --batch-size 16 --lr 2e-3
         --warmup 100 --ema-warmup --stage 2 --teacher results/stage1 --stop-step 250 --out results/stage2                   toy, on a CPU
-    torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --image-size 256 --model SiT-XL/8 --steps 200000
-        --out results/stage1                                                                                      8 GPUs, 256 px; then
-    torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --image-size 256 --model SiT-XL/8 --steps 400000
-        --stage 2 --teacher results/stage1 --out results/stage2                     512 px: both with --image-size 512 --micro-batch 8
+    torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --vae VAE --image-size 256 --model SiT-XL/2 --steps 200000
+        --out results/stage1                                8 GPUs; VAE: sd-vae-ft-ema's diffusion_pytorch_model.safetensors; then
+    torchrun --nproc_per_node=8 train_selftranscendence.py --data imagenet/train --vae VAE --image-size 256 --model SiT-XL/2 --steps 400000
+        --stage 2 --teacher results/stage1 --out results/stage2                         512 px: both with --image-size 512
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_selftranscendence.py ...  2 nodes, on both
 Defaults: batch 256, AdamW 1e-4, clipping at 1; qk-norm, no flips and no EMA warm-up as released (`--no-qk-norm` to compare with the other
 scripts). `--align-weight 0`: plain SiT or DiT, without head or teacher. A plain SiT can be the teacher too, as an ablation.
@@ -44,11 +44,11 @@ Differences from the official code
  3. Its head and teacher run on all images, and the teacher on after the stop; ours, for masked and selected, on those in range alone
     (three in ten), and the teacher is freed at the stop; a run resumed after it still needs the file, for its first step.
  4. Its null label is always 1000 [loss.py:315]. 5. It trains in fp16, we in bf16.
- 6. No VAE latents yet: images are pixels; 256 px at patch 8 are 1,024 tokens (512 px: 4,096), where latents at patch 2 are 256 (1,024).
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -65,7 +65,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
-from models import Block, image_grid, load_checkpoint, newest_checkpoint, on_rank_0, parse_model, to_uint8, write_atomically
+from models import VAE_SCALE, Block, cache_latents, image_grid, load_checkpoint, load_vae, newest_checkpoint, on_rank_0, parse_model
+from models import to_uint8, write_atomically
 
 # --- method: Self-Transcendence ---------------------------------------------------------------------------------------------------------
 
@@ -262,6 +263,8 @@ def parse_args(argv=None):
     parser.error, add, switch = fail, parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
     add("--data", default="shapes", help="'shapes' (built in) or a folder of class folders of images")
     add("--image-size", type=int, default=32, help="side in pixels; images are cropped as in ADM")
+    add("--vae", help="weights of the Stable-Diffusion VAE (.safetensors or .bin): train on its latents, encoded once")
+    add("--latents", help="the file that caches them (default: DATA.SIZE.latents)")
     add("--flip", action=switch, default=True, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder of log.jsonl, samples/, checkpoints/")
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
@@ -321,8 +324,8 @@ def center_crop(image, size):
 class Images(torch.utils.data.Dataset):
     """Items by (index, flip): uint8 (3, size, size) and label, or a message naming an unreadable file. Classes in alphabetical order."""
 
-    def __init__(self, data, size, rank, world):
-        self.size, self.classes, self.files, self.length = size, list(SHAPES), None, 20_000
+    def __init__(self, data, size, rank, world, check=True):
+        self.size, self.classes, self.files, self.length, self.digest = size, list(SHAPES), None, 20_000, "shapes"
         if data == "shapes":
             return
         if not Path(data).is_dir():
@@ -330,11 +333,12 @@ class Images(torch.utils.data.Dataset):
         paths = [p for p in sorted(Path(data).glob("*/**/*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
         if not paths:
             fail(f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)")
-        names = [p.relative_to(data).parts[0] for p in paths]
-        self.classes = sorted(set(names))
+        names = [p.relative_to(data).parts for p in paths]
+        self.classes = sorted({name[0] for name in names})
         labels = {name: k for k, name in enumerate(self.classes)}
-        self.files, self.length = [(str(p), labels[name]) for p, name in zip(paths, names)], len(paths)
-        for path, _ in self.files[rank::world]:  # headers only: this finds most bad files before training
+        self.files, self.length = [(str(p), labels[name[0]]) for p, name in zip(paths, names)], len(paths)
+        self.digest = hashlib.sha256(repr(names).encode(errors="surrogateescape")).hexdigest()
+        for path, _ in self.files[rank::world] if check else ():  # headers only: this finds most bad files before training
             try:
                 with Image.open(path) as image:
                     if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
@@ -344,6 +348,9 @@ class Images(torch.utils.data.Dataset):
 
     def __len__(self):
         return self.length
+
+    def prepare(self, images):
+        return images.float() / 127.5 - 1
 
     def __getitem__(self, key):
         index, flip = key
@@ -358,6 +365,8 @@ class Images(torch.utils.data.Dataset):
 
 def collate(items):
     """Images (N, 3, H, W) and labels (N,), or the first error: messages cross process boundaries as text."""
+    if isinstance(items, tuple):  # latents come as whole batches
+        return items
     return next((item for item in items if isinstance(item, str)), None) or torch.utils.data.default_collate(items)
 
 
@@ -401,16 +410,18 @@ def main(method_cls, args):
         fail(f"--batch-size {args.batch_size} is not divisible by {world} processes x --micro-batch {args.micro_batch}")
     bf16 = (args.precision or ("bf16" if cuda else "fp32")) == "bf16"
 
-    data = Images(args.data, args.image_size, rank, world)
+    latents = Path(args.latents or f"{args.data.rstrip('/')}.{args.image_size}.latents")
+    data = Images(args.data, args.image_size, rank, world, check=not (args.vae and latents.exists()))
     if len(data.classes) < 2 and args.label_drop > 0:
         fail(f"--data {args.data} has one class folder, {data.classes[0]}: guidance needs two or more; or use --label-drop 0")
     if len(data) < args.batch_size:
         fail(f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}")
 
-    diffusion = make_diffusion(args.diffusion, clip=True)
+    channels, side = (4, args.image_size // 8) if args.vae else (3, args.image_size)
+    diffusion = make_diffusion(args.diffusion, clip=not args.vae)
     torch.manual_seed(args.seed)
     try:
-        network = {"input_size": args.image_size, "in_channels": 3, "num_classes": len(data.classes), **parse_model(args.model)}
+        network = {"input_size": side, "in_channels": channels, "num_classes": len(data.classes), **parse_model(args.model)}
         method = method_cls(args, {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm}, diffusion).to(device)
     except ValueError as error:
         fail(error)
@@ -421,7 +432,15 @@ def main(method_cls, args):
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    workers, vae, vae_hash = (8 if cuda else 0) if args.workers is None else args.workers, None, None
+    if args.vae:
+        try:
+            vae, vae_hash = load_vae(Path(args.vae))
+            data = cache_latents(latents, data, vae.to(device), vae_hash, bf16, workers)
+        except (ValueError, OSError) as error:
+            fail(error, every_rank=isinstance(error, OSError))
     description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
+    description["vae_hash"] = vae_hash
 
     def stored_state():  # all but a frozen teacher, which its own checkpoint holds
         return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
@@ -443,7 +462,7 @@ def main(method_cls, args):
         state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
         if saved["step"] > args.steps:
             fail(f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out")
-        if {"script", "classes", "network", "diffusion"} & set(was) or set(state) != set(stored_state()):
+        if {"script", "classes", "network", "diffusion", "vae_hash"} & set(was) or set(state) != set(stored_state()):
             fail(f"{path} does not fit {', '.join(changed)}: use the flags it was made with, or another --out")
         if changed and rank == 0:
             print(f"resuming with {', '.join(changed)}", flush=True)
@@ -468,15 +487,15 @@ def main(method_cls, args):
 
     def draw_samples(lines=4):  # one column a class, at most ten
         labels = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist() * lines
-        noise = ImageNoise(args.seed, range(len(labels)), (3, args.image_size, args.image_size), device)()
+        noise = ImageNoise(args.seed, range(len(labels)), (channels, side, side), device)()
         images = sample_ode(method.ema, diffusion, noise, torch.tensor(labels, device=device), 50, "euler")
-        grid = image_grid(to_uint8(images), len(labels) // lines)
+        grid = image_grid(to_uint8(vae.decode(images.float() / VAE_SCALE) if vae else images), len(labels) // lines)
         write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
 
     stop = []  # filled by SIGTERM, which schedulers may repeat, and by Ctrl-C, whose second one ends the process at once
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    workers, order = (8 if cuda else 0) if args.workers is None else args.workers, read_order(len(data), args, rank, world, step)
+    order = read_order(len(data), args, rank, world, step)
     options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": outlive_signals}
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
@@ -504,9 +523,10 @@ def main(method_cls, args):
                 bar.close()
                 fail(batch, every_rank=True)
             x0, y = (v.to(device, non_blocking=True) for v in batch)
+            x0 = data.prepare(x0)
             with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else wrapped.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    terms = wrapped(x0.float() / 127.5 - 1, y)
+                    terms = wrapped(x0, y)
                 (terms["loss"] / accumulate).backward()
             sums = sums + torch.stack([v.detach().float() for v in terms.values()]) / accumulate
         norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
