@@ -1,4 +1,4 @@
-"""The networks that are sampled from: the DiT/SiT backbone, its masked form, named sizes, and the loading of official checkpoints.
+"""The networks that are sampled from: the DiT/SiT backbone, its masked form, named sizes, the loading of official checkpoints; and the VAE.
 
 DiT (Peebles & Xie 2023, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740) are one backbone: "SiT-XL/2" is DiT-XL/2 trained under
 `--diffusion flow`. State-dict keys are those of the official code. Conventions stand at the top of diffusion.py. Blocks are numbered from
@@ -8,6 +8,8 @@ their own: same inputs, same output, in train and eval mode. Training-only heads
 
 import argparse
 import copy
+import hashlib
+import json
 import math
 import os
 import sys
@@ -523,3 +525,233 @@ def load_official(path, source, num_heads, weights="ema"):
         raise ValueError(f"{path} does not fit: " + "; ".join(f"{what} {', '.join(names)}" for what, names in problems if names))
     model.load_state_dict(state)
     return model.eval(), notes
+
+
+# The Stable-Diffusion VAE
+
+VAE_SCALE = 0.18215  # 1 / standard deviation of the latents: networks are trained on VAE_SCALE * z, and z is what `decode` takes
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_channels, channels, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))  # (N, channels, H, W)
+
+
+class PixelAttention(nn.Module):
+    """Attention of all pixels to all, one head."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (N, 1, H * W, C)
+        tokens = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](tokens)[:, 0].transpose(1, 2).reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([PixelAttention(channels, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then, if asked for, the way down to half of it or up to twice."""
+
+    def __init__(self, in_channels, channels, layers, groups, down=False, up=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(channels if j else in_channels, channels, groups) for j in range(layers))
+        self.downsamplers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(channels, channels, 3, stride=2)}) for _ in range(down))
+        self.upsamplers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(channels, channels, 3, padding=1)}) for _ in range(up))
+
+    def forward(self, x):
+        for block in self.resnets:
+            x = block(x)
+        for layer in self.downsamplers:
+            x = layer["conv"](F.pad(x, (0, 1, 0, 1)))  # zeros at the right and the bottom only
+        for layer in self.upsamplers:
+            x = layer["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, channels, layers, latent_channels, groups, in_channels):
+        super().__init__()
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(Level(channels[max(i - 1, 0)], c, layers, groups, down=i < last) for i, c in enumerate(channels))
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, channels, layers, latent_channels, groups, out_channels):
+        super().__init__()
+        channels, last = channels[::-1], len(channels) - 1
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = nn.ModuleList(Level(channels[max(i - 1, 0)], c, layers + 1, groups, up=i < last) for i, c in enumerate(channels))
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The VAE of latent diffusion (Rombach et al. 2022, arXiv 2112.10752); the defaults are Stable Diffusion's, f = 8.
+
+    channels: one entry per resolution, the first that of the images; each further one halves the sides, which must be divisible
+    by `factor` = 2 ** (len(channels) - 1). State-dict keys are those of the files released for the diffusers library.
+    `chunk` is the number of images per forward: memory grows with it, results depend on it by rounding only.
+    """
+
+    def __init__(self, channels=(128, 256, 512, 512), layers=2, latent_channels=4, groups=32, in_channels=3):
+        super().__init__()
+        self.latent_channels, self.factor = latent_channels, 2 ** (len(channels) - 1)
+        self.encoder = Encoder(channels, layers, latent_channels, groups, in_channels)
+        self.decoder = Decoder(channels, layers, latent_channels, groups, in_channels)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    @torch.no_grad()
+    def encode(self, x, chunk=4):
+        """Images (N, 3, H, W) in [-1, 1] -> mean and log variance of z, each (N, 4, H / 8, W / 8); not multiplied by VAE_SCALE.
+
+        The log variance is clamped to [-30, 20]. Raises ValueError for sides that are not divisible by `factor`.
+        """
+        if x.shape[2] % self.factor or x.shape[3] % self.factor:
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels: the VAE needs sides divisible by {self.factor}")
+        moments = torch.cat([self.quant_conv(self.encoder(images)) for images in x.split(chunk)])  # (N, 8, H / 8, W / 8)
+        mean, logvar = moments.chunk(2, 1)
+        return mean, logvar.clamp(-30, 20)
+
+    @torch.no_grad()
+    def decode(self, z, chunk=4):
+        """z (N, 4, h, w), i.e. latents / VAE_SCALE -> images (N, 3, 8 h, 8 w), nominally in [-1, 1], not clamped."""
+        return torch.cat([self.decoder(self.post_quant_conv(latents)) for latents in z.split(chunk)])
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file; the tensors are mapped from it, privately: writing to them does not change the file.
+
+    Format: 8 bytes, the length of a JSON header {name: {"dtype", "shape", "data_offsets"}}, the header, the data, all little-endian.
+    Raises ValueError, one line, if the file is missing, damaged or something else. Nothing in it is run.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        data = torch.from_file(str(path), size=size, dtype=torch.uint8)
+        tensors = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise ValueError(f"type {entry['dtype']!r} of {name[:80]!r}")
+            dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError(f"shape or offsets of {name[:80]!r}")
+            if end - begin != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
+                raise ValueError(f"bytes {begin} to {end} for {name[:80]!r}")
+            content = data[8 + length + begin : 8 + length + end]
+            if (8 + length + begin) % dtype.itemsize:  # a tensor cannot start there: this one is copied
+                content = content.clone()
+            tensors[name] = content.view(dtype).reshape(shape)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {first_line(error)}") from None
+    return tensors
+
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def listing(names):
+    """The first few of the names, on one line whatever is in them, and how many more there are."""
+    few = ", ".join(ascii(name[:120])[1:-1] for name in names[:6])
+    return f"{few} and {len(names) - 6} more" if len(names) > 6 else few
+
+
+def load_vae(path, groups=32):
+    """Released weights (.safetensors, or .bin in torch's zip format, told apart by content) -> (AutoencoderKL, sha256).
+
+    The network is float32, in eval mode, without gradients. Its architecture is read from the tensors; the number of groups of its norms
+    cannot be, but is 32 in Stable Diffusion's. Both namings of the attention are taken. The sha256 is that of the float32 weights
+    in use, with their names: it does not depend on format or naming, and identifies the latents made with them.
+    Raises ValueError, one line, if the file is missing, damaged or something else, and for missing, unexpected or wrongly shaped keys.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if is_zip else None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as VAE weights: {first_line(error)}") from None
+    content = content if is_zip else read_safetensors(path)
+    if not isinstance(content, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items()):
+        raise ValueError(f"{path} holds no state dict")
+    if not all(t.is_floating_point() and t.layout == torch.strided and t.device.type == "cpu" for t in content.values()):
+        raise ValueError(f"{path} holds other tensors than dense ones of floating point")
+    if sum(t.nbytes for t in content.values()) > os.path.getsize(path):
+        raise ValueError(f"{path} is smaller than its tensors claim to be")
+    state = {}
+    for name, tensor in content.items():
+        for old, new in OLD_ATTENTION.items():
+            name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+        if name in state:
+            raise ValueError(f"{path} has the same weights twice: {name[:80]!r}")
+        state[name] = tensor.squeeze((2, 3)) if ".attentions.0." in name and tensor.ndim == 4 else tensor  # 1 x 1 convolutions
+    levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down_blocks.")})
+    layers = len({name.split(".")[4] for name in state if name.startswith("encoder.down_blocks.0.resnets.")})
+    first = ["encoder.conv_in.weight", "post_quant_conv.weight"]
+    first += [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(max(levels, 1))]
+    missing = [n for n in first if n not in state or state[n].ndim != 4 or not 0 < min(state[n].shape) <= max(state[n].shape) < 2**13]
+    if missing:
+        raise ValueError(f"{path} is no Stable-Diffusion VAE: no convolution {listing(missing)}")
+    channels = [len(state[name]) for name in first[2:]]
+    if any(width % groups for width in channels):
+        raise ValueError(f"{path} has {', '.join(map(str, channels))} channels, which {groups} groups do not divide")
+    with torch.device("meta"):
+        model = AutoencoderKL(channels, layers, state[first[1]].shape[0], groups, state[first[0]].shape[1])
+    ours = model.state_dict()
+    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(ours[n].shape)}" for n in ours if n in state and state[n].shape != ours[n].shape]
+    problems = [("missing", sorted(set(ours) - set(state))), ("unexpected", sorted(set(state) - set(ours))), ("wrong shape", wrong)]
+    if any(names for _, names in problems):
+        raise ValueError(f"{path} does not fit: " + "; ".join(f"{what} {listing(names)}" for what, names in problems if names))
+    model.to_empty(device="cpu").load_state_dict(state)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.flatten().numpy())
+    return model.eval().requires_grad_(False), digest.hexdigest()
