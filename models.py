@@ -711,8 +711,8 @@ def load_vae(path, groups=32):
     """Released weights (.safetensors, or .bin in torch's zip format, told apart by content) -> (AutoencoderKL, sha256).
 
     The network is float32, in eval mode, without gradients. Its architecture is read from the tensors; the number of groups of its norms
-    cannot be, but is 32 in all releases. Both namings of the attention are taken. The hexadecimal sha256 is that of the float32 weights
-    with their names: it does not depend on format or naming, and identifies the latents made with them.
+    cannot be, but is 32 in Stable Diffusion's. Both namings of the attention are taken. The sha256 is that of the float32 weights
+    in use, with their names: it does not depend on format or naming, and identifies the latents made with them.
     Raises ValueError, one line, if the file is missing, damaged or something else, and for missing, unexpected or wrongly shaped keys.
     """
     try:
