@@ -12,6 +12,7 @@ from test_models import tiny
 from test_training import run, train
 
 import sample
+from models import VAE_SCALE, AutoencoderKL, load_vae, to_uint8
 
 FLAGS = ["--num", "10", "--steps", "3", "--seed", "4"]
 
@@ -74,7 +75,7 @@ def test_files_and_protocol(trained, tmp_path):
     draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 4, "--png", "--labels", "balanced", *guidance, "--out", tmp_path)
     pixels, labels = images(tmp_path)
     assert labels.tolist() == list(range(10))
-    assert zipfile.ZipFile(tmp_path / "samples.npz").namelist() == ["arr_0.npy", "arr_1.npy"]
+    assert zipfile.ZipFile(tmp_path / "samples.npz").namelist() == ["arr_0.npy", "arr_1.npy", "protocol.npy"]
     assert Image.open(tmp_path / "grid.png").size == (8 * 16, 16)
     assert len(list((tmp_path / "png").iterdir())) == 10
     assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000007.png")), pixels[7])
@@ -136,15 +137,21 @@ def test_official_checkpoint(tmp_path):
     assert_same_images(images(tmp_path / "out"), (to_uint8(sample_ode(model, Flow(), x, y, 4)).numpy(), y.numpy()))
 
 
-def test_latent_checkpoint_is_refused_without_latents_flag_and_stored_with_it(tmp_path, capfd):
+def test_official_latents_need_a_vae_or_are_stored(tmp_path, capfd):
     model = tiny(hidden_size=128, depth=6, num_heads=4, in_channels=4, learn_sigma=True)
     torch.save(model.state_dict(), tmp_path / "dit.pt")
     flags = ["--ckpt", tmp_path / "dit.pt", "--official", "dit", "--model", "DiT-Ti/2", "--num", 2, "--steps", 3, "--solver", "sde"]
-    flags += ["--out", tmp_path / "out"]
-    assert "there is no VAE here yet" in one_line(capfd, *flags)
-    draw(*flags, "--latents", "--guidance", 1.5, "--guidance-channels", 3)
+    flags += ["--guidance", 1.5, "--guidance-channels", 3, "--out"]
+    assert "give --vae" in one_line(capfd, *flags, tmp_path / "out")
+    draw(*flags, tmp_path / "out", "--latents")
     latents, _ = images(tmp_path / "out")
     assert latents.shape == (2, 4, 8, 8) and latents.dtype == np.float32 and np.isfinite(latents).all()
+    torch.manual_seed(0)
+    torch.save(AutoencoderKL(channels=(32, 32, 32, 32), layers=1).state_dict(), tmp_path / "vae.bin")
+    draw(*flags, tmp_path / "decoded", "--vae", tmp_path / "vae.bin")
+    decoded = to_uint8(load_vae(tmp_path / "vae.bin")[0].decode(torch.from_numpy(latents) / VAE_SCALE)).numpy()
+    assert np.abs(decoded.astype(int) - images(tmp_path / "decoded")[0]).max() <= 1
+    assert "holds samples of another run" in one_line(capfd, *flags, tmp_path / "decoded", "--latents")
 
 
 def one_line(capfd, *flags):

@@ -8,11 +8,11 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
-LINE_BUDGET = 505  # docstring included
+LINE_BUDGET = 525  # docstring included
 LONGER = {
-    "train_discriminative.py": 570,  # no public code: every uncertain choice is a flag, and its source is named
-    "train_selftranscendence.py": 570,  # two stages in one script
-    "train_diversedit.py": 550,  # with SRA's loss as an option
+    "train_discriminative.py": 590,  # no public code: every uncertain choice is a flag, and its source is named
+    "train_selftranscendence.py": 590,  # two stages in one script
+    "train_diversedit.py": 570,  # with SRA's loss as an option
 }
 LARGEST_DIFFERENCE = 420  # lines that two scripts may differ by, docstrings and methods included
 
