@@ -29,7 +29,7 @@ import train_mdt
 import train_selftranscendence
 import train_sra
 from diffusion import make_diffusion
-from models import Block, DiT, parse_model
+from models import Block, DiT, LatentCache, latent_layout, parse_model
 
 # name: script, its method, flags; the noise process is --diffusion, unless the flags say otherwise
 METHODS = {
@@ -178,6 +178,29 @@ def peak_memory(*row):
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
 
 
+def loader(workers, entries=50_000, batch=256, batches=100):
+    """Images/s that the latent cache feeds: random batches, mirrored or not, of a generated file of ImageNet-256's shape."""
+    header = {"count": entries, "classes": ["one", "two"], "moments": [8, 32, 32]}
+    _, _, start, end = latent_layout(header)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "latents"
+        with open(path, "wb") as file:
+            file.truncate(start)
+            file.seek(start)
+            block = torch.randn(500, 2, 8, 32, 32).half().numpy().tobytes()
+            for _ in range(entries // 500):
+                file.write(block)
+        cache = LatentCache(path, header)
+        order = torch.randint(entries, (batches, batch)).tolist()
+        keys = [[(i, i % 2 == 0) for i in row] for row in order]
+        data = torch.utils.data.DataLoader(cache, batch_sampler=keys, num_workers=workers, collate_fn=train_sra.collate)
+        start, seen = None, 0
+        for moments, _ in data:
+            start, seen = (time.perf_counter(), 0) if start is None else (start, seen + len(moments))
+        rate = seen / (time.perf_counter() - start)
+    print(f"latent cache, {end / 1e9:.2f} GB, {entries} entries, batch {batch}, {workers} workers: {rate:.0f} images/s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
@@ -187,7 +210,10 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128 if cuda else 16)
     parser.add_argument("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
+    parser.add_argument("--loader", type=int, metavar="WORKERS", help="only: images/s that the latent cache feeds")
     args = parser.parse_args()
+    if args.loader is not None:
+        return loader(args.loader)
     device = torch.device("cuda" if cuda else "cpu")
     torch.set_float32_matmul_precision("high")
     peak = matmul_rate(device) if cuda else None
