@@ -330,14 +330,16 @@ class Images(torch.utils.data.Dataset):
             return
         if not Path(data).is_dir():
             fail(f"--data {data}: no such folder")
-        paths = [p for p in sorted(Path(data).glob("*/**/*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")]
-        if not paths:
+        self.files, self.classes, names = [], [], hashlib.sha256()
+        for name in sorted(os.listdir(data)):
+            paths = (os.path.join(folder, file) for folder, _, files in os.walk(os.path.join(data, name)) for file in files)
+            paths = sorted(path for path in paths if path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
+            self.files += [(path, len(self.classes)) for path in paths]
+            self.classes += [name] if paths else []
+            names.update(repr([os.path.relpath(path, data) for path in paths]).encode())
+        if not self.files:
             fail(f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)")
-        names = [p.relative_to(data).parts for p in paths]
-        self.classes = sorted({name[0] for name in names})
-        labels = {name: k for k, name in enumerate(self.classes)}
-        self.files, self.length = [(str(p), labels[name[0]]) for p, name in zip(paths, names)], len(paths)
-        self.digest = hashlib.sha256(repr(names).encode(errors="surrogateescape")).hexdigest()
+        self.length, self.digest = len(self.files), names.hexdigest()
         for path, _ in self.files[rank::world] if check else ():  # headers only: this finds most bad files before training
             try:
                 with Image.open(path) as image:

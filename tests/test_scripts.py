@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
-LINE_BUDGET = 525  # docstring included
+LINE_BUDGET = 530  # docstring included
 LONGER = {
-    "train_discriminative.py": 590,  # no public code: every uncertain choice is a flag, and its source is named
+    "train_discriminative.py": 595,  # no public code: every uncertain choice is a flag, and its source is named
     "train_selftranscendence.py": 590,  # two stages in one script
     "train_diversedit.py": 570,  # with SRA's loss as an option
 }
