@@ -19,11 +19,11 @@ Protocol, and where each choice comes from (ADM: openai/guided-diffusion at 1b61
 4. FID (Heusel et al. 2017, 1706.08500, eq. 6): Frechet distance of the 2048 pool activations. sFID (Nash et al. 2021, 2103.03841): of the
    first 7 channels of TF's mixed_6/conv, 17 x 17 x 7. Mean and covariance (N - 1) from float64 sums over all processes.
 5. Inception score (Salimans et al. 2016, 1606.03498): softmax without fc.bias, mean over consecutive chunks of 5,000 images.
-6. Precision, recall (Kynkaanniemi et al. 2019, 1904.06991): k = 3 in the pool activations. ADM takes 10,000 reference images for it. ADM's
-   distances are float16, ours float32: counts near the border of a ball may differ from a published number.
+6. Precision, recall (Kynkaanniemi et al. 2019, 1904.06991): k = 3 in the pool activations, against all images of REFERENCE. Distances are
+   float16 in ADM, float32 here: at the borders of the balls a few counts may differ from a published number.
 7. Results have the names above for exactly these weights. In the space of `--features FILE` (TorchScript, uint8 N x 3 x H x W -> N x D) or
    of other Inception weights they are "frechet_distance", "feature_precision" and so on, and the JSON names the file and its sha256.
-8. Batches are the same for any number of processes, and features are put back in file order: results agree to rounding.
+8. Batches are the same for any number of processes, and features are put back in the order of the images: results agree to rounding.
 """
 
 import argparse
@@ -86,6 +86,17 @@ def all_sum(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def fail_together(error):
+    """Ends all processes if one of them has an error (a message, or None); also a barrier."""
+    _, world = processes()
+    errors = [error]
+    if world > 1:
+        errors = [None] * world
+        dist.all_gather_object(errors, error)
+    if any(errors):
+        fail(next(e for e in errors if e))
 
 
 # The network
@@ -266,7 +277,8 @@ class InceptionV3(nn.Module):
 
 
 def load_inception(path, resize):
-    """Network, and its name (a string for the weights of 2015-12-05, otherwise a dict with file and sha256). path None: download once."""
+    """Folded network, and its name (a string for the weights of 2015-12-05, otherwise a dict with file and sha256). path None: download
+    once. ValueError for weights that cannot be had or do not fit."""
     name = f"inception-2015-12-05 ({resize} resize)"
     if path is None:
         try:
@@ -275,29 +287,31 @@ def load_inception(path, resize):
                     INCEPTION_URL, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
                 )
         except Exception as error:
-            fail(f"cannot download {INCEPTION_URL} ({error}): fetch it elsewhere and pass --inception FILE")
+            raise ValueError(f"cannot download {INCEPTION_URL} ({error}): fetch it elsewhere and pass --inception FILE") from error
     else:
         try:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            fail(f"cannot load Inception weights from {path} ({type(error).__name__})")
+            raise ValueError(f"cannot load Inception weights from {path} ({type(error).__name__})") from error
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if not digest.startswith(INCEPTION_SHA256):
             name = {"file": str(path), "sha256": digest, "resize": resize}
     network = InceptionV3(resize)
     try:
         network.load_state_dict(weights, strict=True)
-    except Exception:
-        fail(f"{path or 'the download'} does not hold the weights of the FID Inception (pt_inception-2015-12-05-6726825d.pth)")
+    except Exception as error:
+        wanted = "the weights of the FID Inception (pt_inception-2015-12-05-6726825d.pth)"
+        raise ValueError(f"{path or 'the download'} does not hold {wanted}") from error
     return network.fold(), name
 
 
 def load_features(path, device):
-    """TorchScript network (uint8 (N, 3, H, W) -> (N, D)) and its name {"file", "sha256"}."""
+    """TorchScript network (uint8 (N, 3, H, W) -> (N, D)) and its name {"file", "sha256"}. ValueError for another file."""
     try:
         network = torch.jit.load(path, map_location=device).eval()
     except Exception as error:
-        fail(f"--features {path} is not a TorchScript module ({type(error).__name__}); save one with torch.jit.script(...).save")
+        kind = type(error).__name__
+        raise ValueError(f"--features {path} is not a TorchScript module ({kind}); save one with torch.jit.script(...).save") from error
     return network, {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
@@ -476,12 +490,7 @@ def extract(images, num, network, device, batch_size, keep=()):
                 bar.update(len(batch))
     except ValueError as e:
         error = str(e)
-    errors = [error]
-    if world > 1:
-        errors = [None] * world
-        dist.all_gather_object(errors, error)
-    if any(errors):
-        fail(next(e for e in errors if e))
+    fail_together(error)
     stats = {}
     for name, end in (("pool", ""), ("spatial", "_s")):
         if name in sums:
@@ -587,7 +596,10 @@ def self_test(path, device):
     """
     images = torch.arange(2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
     images = torch.stack([images[0] // 64 % 64 * 4, images[1] * 7919 % 251]).to(torch.uint8)  # a ramp, a fixed texture
-    used, name = load_inception(path, "tf1")
+    try:
+        used, name = load_inception(path, "tf1")
+    except ValueError as error:
+        fail(error)
     weights = torch.load(path, map_location="cpu", weights_only=True)
     for key, value in weights.items():
         if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
@@ -609,8 +621,8 @@ def self_test(path, device):
                 fail(f"{path}: float32 {key} ({resize} resize) differs from float64 by {error:.1e} of its largest value, more than 1e-3")
         pool.append(expected["pool"])
     moved_by_image, moved_by_resize = (pool[0][0] - pool[0][1]).norm().item(), (pool[0] - pool[1]).norm(dim=1).max().item()
-    if not 0 < moved_by_resize < moved_by_image:
-        fail(f"{path}: features move by {moved_by_resize:.1e} with the resize, {moved_by_image:.1e} with the image: untrained weights?")
+    if not min(moved_by_image, moved_by_resize) > 0:
+        fail(f"{path}: the features are the same for two images or for two resizes")
     moves = {"moved_by_image": moved_by_image, "moved_by_resize": moved_by_resize}
     return {"self_test": str(path), "passed": True, "tensors": len(weights), "float32_error": worst, **moves}
 
@@ -686,12 +698,18 @@ def find_device(name):
 
 def load_network(args, device):
     """Network on the device and name of its features; one process of each machine downloads, the others find the file."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if dist.is_initialized() and local_rank > 0:
-        dist.barrier()
-    network, features = load_features(args.features, device) if args.features else load_inception(args.inception, args.resize or "tf1")
-    if dist.is_initialized() and local_rank == 0:
-        dist.barrier()
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    error = None
+    for turn in (True, False):
+        if first == turn:
+            try:
+                if args.features:
+                    network, features = load_features(args.features, device)
+                else:
+                    network, features = load_inception(args.inception, args.resize or "tf1")
+            except ValueError as e:
+                error = str(e)
+        fail_together(error)
     return network.to(device), features
 
 

@@ -520,7 +520,8 @@ def test_batch_size_and_processes_do_not_matter(work, run, small_inception, tmp_
     others = [run(*argv, "--batch-size", 3)[0]]
     (tmp_path / "small.py").write_text(
         f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import fid, test_fid\ntest_fid.use_small_inception(fid)\nfid.main()\n"
+        "import fid, functools, test_fid\ntest_fid.use_small_inception(fid)\n"
+        "fid.precision_recall = functools.partial(fid.precision_recall, block=8)\nfid.main()\n"  # so that both processes have rows
     )
     done = torchrun(str(tmp_path / "small.py"), *argv, "--batch-size", "3")
     assert done.returncode == 0, done.stderr
@@ -532,12 +533,20 @@ def test_batch_size_and_processes_do_not_matter(work, run, small_inception, tmp_
             assert other[name] == pytest.approx(one[name], rel=1e-6)
 
 
-def test_one_line_for_all_processes(work, bad, bad_networks):
-    """Only the second process meets the broken image."""
-    done = torchrun("fid.py", f"{bad}/late", f"{work[0]}/b.npz", "--features", f"{work[0]}/features.pt", "--batch-size", "4")
-    ours = [line for line in done.stderr.splitlines() if "fid.py: " in line and "error" in line.lower()]
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        # only the second process meets the broken image
+        ("{bad}/late {work}/b.npz --features {work}/features.pt --batch-size 4", "images of one set must have one size: {bad}/late/9.png"),
+        ("{work}/a {work}/b.npz --inception {bad}/weights.pth", "{bad}/weights.pth does not hold the weights of the FID Inception"),
+    ],
+    ids=["image", "weights"],
+)
+def test_one_line_for_all_processes(line, text, work, bad, bad_networks):
+    done = torchrun("fid.py", *line.format(work=work[0], bad=bad).split())
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fid.py: ")]
     assert done.returncode != 0 and done.stdout == ""
-    assert ours == [f"fid.py: error: images of one set must have one size: {bad}/late/9.png is 9x8, the first one 8x8"], done.stderr
+    assert len(lines) == 1 and lines[0].startswith("fid.py: error: " + text.format(bad=bad)), done.stderr
     assert 'fid.py", line' not in done.stderr  # torchrun has a traceback of its own
 
 
