@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                      sizes for the machine: Ti/4 and S/4 pixels on CPU; B/2 and XL/2 latents-shaped on CUDA
     python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile on
+    python tests/benchmark.py --evaluation         fid.py alone: its network against a plain loop, its Frechet distance against sqrtm
 
 For each row: images/s (median step), the ratio to the first row, the bound on the ratio to vanilla from multiply-adds (a teacher
 pass costs one forward of the blocks it runs, training three), peak memory, and the share of a step outside the network's forward and
@@ -19,10 +20,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import scipy.linalg
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fid
 import train_discriminative
 import train_diversedit
 import train_mdt
@@ -201,6 +205,51 @@ def loader(workers, entries=50_000, batch=256, batches=100):
     print(f"latent cache, {end / 1e9:.2f} GB, {entries} entries, batch {batch}, {workers} workers: {rate:.0f} images/s")
 
 
+def evaluation(device):
+    """Features/s of fid.py against a plain NCHW loop over the same network, and its Frechet distance against the formula with sqrtm."""
+
+    def timed(function, *args):
+        start = time.perf_counter()
+        result = function(*args)  # on the CPU in the end, so that nothing is still running
+        return time.perf_counter() - start, result
+
+    torch.manual_seed(0)
+    plain, folded = fid.InceptionV3(), fid.InceptionV3()
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")  # activations keep their size through the layers
+    folded.load_state_dict(plain.state_dict())
+    plain, folded = plain.to(device), folded.fold().to(device)
+    rng, times = np.random.default_rng(0), ([], [])
+    batch = rng.integers(0, 256, (16, 256, 256, 3), dtype=np.uint8)
+
+    @torch.inference_mode()
+    def plain_loop():
+        return plain(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().to(device)).cpu()
+
+    for _ in range(6):
+        (a, expected), (b, features) = timed(plain_loop), timed(lambda: fid.batch_activations(folded, batch, device)["pool"].cpu())
+        times[0].append(a)
+        times[1].append(b)
+    a, b = (len(batch) / median(t[1:]) for t in times)
+    error = ((features - expected).abs().max() / expected.abs().max()).item()
+    print(f"Inception, 256 px: plain NCHW {a:.2f} images/s, fid.py {b:.2f}, ratio {b / a:.2f}; features differ by {error:.1e}")
+
+    stats = []
+    for _ in range(2):
+        x = rng.standard_normal((6000, 2048)) * np.linspace(0.05, 1, 2048) + rng.standard_normal((6000, 1)) * rng.uniform(0, 1, 2048)
+        stats += [x.mean(0), np.cov(x, rowvar=False)]
+    mu1, sigma1, mu2, sigma2 = stats
+
+    def literal():
+        return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
+
+    ours = [timed(fid.frechet_distance, *stats) for _ in range(3)]
+    (a, expected), b = timed(literal), median([seconds for seconds, _ in ours])
+    error = abs(ours[0][1] / expected - 1)
+    print(f"Frechet distance, 2048-d: scipy's sqrtm {a:.2f} s, fid.py {b:.2f} s, ratio {a / b:.1f}; relative difference {error:.1e}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
@@ -211,10 +260,14 @@ def main():
     parser.add_argument("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
     parser.add_argument("--loader", type=int, metavar="WORKERS", help="only: images/s that the latent cache feeds")
+    parser.add_argument("--evaluation", action="store_true", help="time fid.py instead of training")
     args = parser.parse_args()
     if args.loader is not None:
         return loader(args.loader)
     device = torch.device("cuda" if cuda else "cpu")
+    if args.evaluation:
+        evaluation(device)
+        return
     torch.set_float32_matmul_precision("high")
     peak = matmul_rate(device) if cuda else None
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""fid.py: the network and the distance against reference values, the statistics against numpy, and the command line with all its errors."""
+"""fid.py: network and metrics against reference values, statistics against numpy, and the command line with all its errors."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def inception(inception_weights):
     kept = [name for name in inception_weights if name.endswith("num_batches_tracked")]
     assert all(torch.equal(network.state_dict()[name], inception_weights[name]) for name in kept)
     network.load_state_dict(inception_weights, strict=True)
-    return network
+    return network.fold()  # as load_inception returns it
 
 
 # The network
@@ -110,6 +110,17 @@ def test_inception_is_in_eval_mode_and_independent_of_the_batch(inception):
     with torch.inference_mode():
         together, alone = inception(images[:2]), torch.cat([inception(images[:1]), inception(images[1:2])])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_folded_batch_norms_are_the_same_function(inception, inception_weights):
+    plain = fid.InceptionV3()
+    plain.load_state_dict(inception_weights)
+    images = inception_images("inception_s64")[:1]
+    with torch.inference_mode():
+        expected, out = plain.activations(images), inception.activations(images)
+    for name, value in expected.items():
+        torch.testing.assert_close(out[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in inception.modules())
 
 
 # Distance and statistics
@@ -168,6 +179,104 @@ def test_frechet_distance_closed_forms():
         fid.frechet_distance(mu1, sigma, mu2[:8], sigma[:8, :8])
 
 
+@pytest.mark.parametrize("rank", [64, 40])
+def test_self_distance_is_zero_for_full_and_deficient_rank(rank):
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((200, rank)) @ rng.standard_normal((rank, 64)) / 8
+    stats = features.mean(0), np.cov(features, rowvar=False)
+    assert fid.frechet_distance(*stats, *stats) == pytest.approx(0, abs=1e-5)
+
+
+# Inception score, precision and recall
+
+
+def test_score_precision_and_recall_match_reference():
+    """All of the case but column 5 of prec_recall__f64, an emulation of ADM's float16 distances and informational only."""
+    meta, arrays = reference("isc_prc")
+    checked = {"shuffle_permutation_first20", "prec_recall__f64", "isc_adm__f64", "isc_torch_fidelity__f64"}
+    logits = 2 * recipe_draw(meta["salt"], "isc_prc", "logits").standard_normal((257, 40))
+    logits[:, 0] += 1
+    logits, tolerance = torch.from_numpy(logits.astype(np.float32)), meta["tolerance"]
+    for size, expected in zip(meta["isc_adm_split_sizes"], arrays["isc_adm__f64"]):
+        np.testing.assert_allclose(fid.inception_score(logits, chunk=size)[0], expected, rtol=tolerance["isc_adm_rtol"])
+    for setting, expected in zip(meta["isc"], arrays["isc_torch_fidelity__f64"]):
+        order = np.random.RandomState(setting["rng_seed"]).permutation(257) if setting["shuffle"] else np.arange(257)
+        if setting["shuffle"]:
+            np.testing.assert_array_equal(order[:20], arrays["shuffle_permutation_first20"])
+        score = fid.inception_score(logits[order], splits=setting["splits"])
+        np.testing.assert_allclose(score, expected, rtol=tolerance["isc_rtol"], atol=1e-12)
+
+    for pair, expected in zip(meta["prc"], arrays["prec_recall__f64"]):
+        name, sets = pair["name"], {}
+        for side in ("real", "fake"):
+            draw = recipe_draw(meta["salt"], "isc_prc", f"{side}_{name}").standard_normal((pair[side]["n"], pair["dim"]))
+            sets[side] = torch.from_numpy((pair[side]["scale"] * draw + pair[side]["shift"]).astype(np.float32))
+            radii = fid.neighbour_radii(sets[side]).sqrt().numpy()
+            np.testing.assert_allclose(radii, arrays[f"{name}_radii_{side}"], rtol=tolerance["radii_rtol"])
+        fake_inside, real_inside = fid.manifold_membership(sets["fake"], sets["real"])
+        np.testing.assert_array_equal(fake_inside, arrays[f"{name}_fake_in_real_manifold"])
+        np.testing.assert_array_equal(real_inside, arrays[f"{name}_real_in_fake_manifold"])
+        counts = np.array([len(sets["fake"]), len(sets["real"])])
+        value = fid.precision_recall(sets["fake"], sets["real"], block=37)
+        for column in range(4):
+            np.testing.assert_array_equal(np.rint(value * counts), np.rint(expected[column] * counts), err_msg=meta["prc_columns"][column])
+        np.testing.assert_allclose(value, expected[0], rtol=1e-12)
+        checked |= {f"{name}_{part}_{side}" for part in ("radii",) for side in sets}
+        checked |= {f"{name}_fake_in_real_manifold", f"{name}_real_in_fake_manifold"}
+    assert checked == set(arrays.files)
+
+
+def test_inception_score_closed_forms():
+    assert fid.inception_score(torch.zeros(10, 7)) == pytest.approx((1, 0))
+    assert fid.inception_score(200 * torch.eye(7)) == pytest.approx((7, 0))
+    logits = 200 * torch.eye(7)[[0, 1, 2, 3, 4, 4]]  # chunks of 4 and 2: scores 4 and 1, counted alike
+    assert fid.inception_score(logits, chunk=4) == pytest.approx((2.5, 1.5))
+    other = 3 ** (1 / 3) * 1.5 ** (2 / 3)  # classes 3, 4, 4
+    assert fid.inception_score(logits, splits=2) == pytest.approx(((3 + other) / 2, (3 - other) / 2))
+
+
+def test_precision_and_recall_on_a_line():
+    """The third neighbour of 0, 1, 2, 3, 4 is 3, 2, 2, 2, 3 away: the manifold is [-3, 7], its border within."""
+    reference = torch.arange(5.0)[:, None]
+    assert fid.neighbour_radii(reference).tolist() == [9, 4, 4, 4, 9]
+    samples = torch.tensor([[-3.0], [-3.5], [7.0], [2.5], [8.0]])
+    samples_inside, reference_inside = fid.manifold_membership(samples, reference)
+    assert samples_inside.tolist() == [True, False, True, True, False] and reference_inside.tolist() == [True] * 5
+    assert fid.precision_recall(samples, reference) == (0.6, 1)
+
+
+@pytest.fixture(scope="module")
+def two_modes():
+    """Both modes, and one of them from another draw; the modes lie 100 standard deviations apart."""
+    draw = torch.randn(3, 200, 16, generator=torch.Generator().manual_seed(0))
+    return torch.cat([draw[0], draw[1] + 100]), draw[2]
+
+
+def test_dropped_modes_cost_recall_and_invented_ones_precision(two_modes):
+    both, one = two_modes
+    precision, recall = fid.precision_recall(one, both)  # samples without the second mode of the reference
+    assert precision > 0.75 and 0.35 < recall < 0.5
+    precision, recall = fid.precision_recall(both, one)  # samples with a mode that the reference has not
+    assert 0.35 < precision < 0.5 and recall > 0.75
+    assert fid.precision_recall(both, both) == (1, 1)
+
+
+def test_blocks_do_not_matter(two_modes):
+    both, one = two_modes
+    for k in (1, 3):
+        whole = fid.manifold_membership(one, both, k=k, block=10**6)
+        for block in (7, 200):
+            assert all(torch.equal(a, b) for a, b in zip(whole, fid.manifold_membership(one, both, k=k, block=block)))
+
+
+def test_a_common_shift_does_not_matter(two_modes):
+    """Without centring, distances about 1 between points of norm 4000 would drown in float32."""
+    both, one = (x + 1000 for x in two_modes)
+    literal = torch.cdist(one.double(), both.double())
+    radii = torch.cdist(both.double(), both.double()).topk(4, largest=False).values[:, -1]
+    assert torch.equal(fid.manifold_membership(one, both)[0], (literal <= radii).any(1))
+
+
 # Command line
 
 
@@ -190,10 +299,11 @@ def means(images):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Two sets of images as npz, the first as PNG folder too (in two levels), and two scripted feature networks."""
+    """Sets of images as npz (c is half of a and more), the first as PNG folder too (in two levels), and two scripted networks."""
     path = tmp_path_factory.mktemp("fid")
     rng = np.random.default_rng(1)
     images = {"a": rng.integers(0, 256, (41, 8, 8, 3), dtype=np.uint8), "b": rng.integers(0, 200, (53, 8, 8, 3), dtype=np.uint8)}
+    images["c"] = np.concatenate([images["a"][20:], rng.integers(0, 250, (30, 8, 8, 3), dtype=np.uint8)])
     for name, array in images.items():
         np.savez(path / f"{name}.npz", array)
     for i, image in enumerate(images["a"]):
@@ -203,6 +313,26 @@ def work(tmp_path_factory):
     torch.jit.script(Means()).save(path / "features.pt")
     torch.jit.script(Means(3)).save(path / "other.pt")
     return path, images
+
+
+class SmallInception(torch.nn.Module):
+    """Stands in for the network where all metrics are wanted and 2048 x 2048 eigenvalues are not."""
+
+    def activations(self, images):
+        pool = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+        return {"pool": pool, "spatial": pool[:, ::2] ** 2, "logits_unbiased": 8 * pool}
+
+
+def use_small_inception(module):
+    module.InceptionV3 = SmallInception
+    module.load_inception = lambda path, resize: (SmallInception(), "inception-2015-12-05 (tf1 resize)")
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    monkeypatch.setattr(fid, "InceptionV3", SmallInception)
+    monkeypatch.setattr(fid, "load_inception", None)
+    use_small_inception(fid)
 
 
 @pytest.fixture
@@ -284,9 +414,10 @@ def test_statistics_without_a_feature_name_are_taken_with_a_warning(work, run, t
     np.savez(tmp_path / "b.npz", mu=b.mean(0), sigma=np.cov(b, rowvar=False), arr_0=images["a"])  # with images: statistics win
     result, err = run(path / "a.npz", tmp_path / "b.npz", "--features", path / "features.pt")
     assert result["frechet_distance"] == pytest.approx(expected_distance(images["a"], images["b"]), rel=1e-5)
-    assert result["num_reference"] is None
+    assert result["feature_precision"] == result["feature_recall"] == 1  # of the images
+    assert result["num_reference"] is None and result["num_reference_manifold"] == 41
     assert f"fid.py: warning: {tmp_path / 'b.npz'} does not say which features" in err
-    unnamed, _ = run(tmp_path / "b.npz", tmp_path / "b.npz")
+    unnamed, _ = run(tmp_path / "b.npz", tmp_path / "b.npz", "--metrics", "fid")
     assert unnamed["features"] is None and "fid" not in unnamed
 
 
@@ -303,6 +434,7 @@ def test_inception_from_a_file(work, run, tmp_path, inception, inception_weights
     stats = np.load(tmp_path / "stats.npz", allow_pickle=False)
     np.testing.assert_allclose(stats["mu"], f.mean(0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(stats["sigma"], np.cov(f, rowvar=False), rtol=1e-4, atol=1e-6)
+    assert stats["mu_s"].shape == (2023,) and stats["sigma_s"].shape == (2023, 2023) and stats["size"].tolist() == [8, 8]
 
     monkeypatch.setattr(fid, "INCEPTION_SHA256", saved["features"]["sha256"][:8])
     monkeypatch.setattr(fid, "frechet_distance", lambda *stats: float(len(stats[0])))  # eigenvalues of 2048 x 2048 take 10 s here
@@ -313,19 +445,127 @@ def test_inception_from_a_file(work, run, tmp_path, inception, inception_weights
         assert result["features"] == f"inception-2015-12-05 ({resize[1] if resize else 'tf1'} resize)"
 
 
-def test_two_processes_equal_one(work, run):
+ALL = ("fid", "sfid", "inception_score", "precision", "recall")
+
+
+def adm_reference(path, images, shift):
+    """An .npz with the five keys of ADM's references; its statistics are not those of its images but shifted."""
+    out = SmallInception().activations(torch.from_numpy(images).permute(0, 3, 1, 2))
+    pool, spatial = out["pool"].double().numpy(), out["spatial"].double().numpy()
+    arrays = {"mu": pool.mean(0) + shift, "sigma": np.cov(pool, rowvar=False)}
+    np.savez(path, **arrays, mu_s=spatial.mean(0) + shift, sigma_s=np.cov(spatial, rowvar=False), arr_0=images)
+    return out
+
+
+def test_all_metrics_against_images_and_an_adm_reference(work, run, small_inception, tmp_path):
+    path, images = work
+    logits = SmallInception().activations(torch.from_numpy(images["a"]).permute(0, 3, 1, 2))["logits_unbiased"]
+    plain, _ = run(path / "a", path / "c.npz")
+    assert all(0 < plain[name] for name in ALL) and plain["precision"] < 1 and plain["recall"] < 1
+    assert plain["inception_score"] == pytest.approx(fid.inception_score(logits)[0], rel=1e-6)
+    adm_reference(tmp_path / "adm.npz", images["c"], shift=0.5)
+    adm, err = run(path / "a", tmp_path / "adm.npz")
+    assert all(adm[name] == plain[name] for name in ALL[2:])
+    assert adm["fid"] > plain["fid"] + 1 and adm["sfid"] > plain["sfid"] + 0.5
+    assert (adm["num_reference"], adm["num_reference_manifold"], plain["num_reference_manifold"]) == (None, 51, 51)
+    assert "does not say which features" in err and "no " not in err
+    alone, _ = run(path / "a", tmp_path / "adm.npz", "--metrics", "sfid")
+    assert alone["sfid"] == adm["sfid"] and not set(ALL) - {"sfid"} & set(alone)
+    itself, _ = run(path / "a", path / "a.npz")
+    assert itself["fid"] == pytest.approx(0, abs=1e-6) and itself["sfid"] == pytest.approx(0, abs=1e-6)
+    assert itself["precision"] == itself["recall"] == 1
+
+
+def test_what_cannot_be_computed_is_null_with_a_reason(work, run, small_inception, tmp_path):
+    path, images = work
+    run("--save-stats", tmp_path / "stats.npz", path / "c.npz")
+    assert set(np.load(tmp_path / "stats.npz").files) == {"mu", "sigma", "mu_s", "sigma_s", "num", "size", "features"}
+    direct, _ = run(path / "a", path / "c.npz")
+    result, err = run(path / "a", tmp_path / "stats.npz")
+    for name in ("fid", "sfid", "inception_score"):
+        assert result[name] == pytest.approx(direct[name], rel=1e-9)
+    assert result["precision"] is None and result["recall"] is None
+    assert f"no precision and recall: {tmp_path / 'stats.npz'} holds only statistics, images are needed" in err and err.count("\n") == 2
+    result, err = run(tmp_path / "stats.npz", path / "c.npz")
+    assert result["inception_score"] is None and "no inception_score: " in err and result["num_samples"] == 51
+    with np.load(tmp_path / "stats.npz") as stats:
+        np.savez(tmp_path / "old.npz", mu=stats["mu"], sigma=stats["sigma"])
+    result, err = run(path / "a", tmp_path / "old.npz")
+    assert result["sfid"] is None and f"no sfid: {tmp_path / 'old.npz'} stores no mu_s, sigma_s" in err
+    np.savez(tmp_path / "three.npz", images["a"][:3])
+    result, err = run(tmp_path / "three.npz", path / "c.npz")
+    assert result["recall"] is None and "three.npz have no 3 neighbours each" in err
+
+
+def test_another_resolution_is_a_warning(work, run, small_inception, tmp_path):
+    path, images = work
+    np.savez(tmp_path / "large.npz", images["c"].repeat(2, 1).repeat(3, 2))
+    _, err = run(path / "a", tmp_path / "large.npz")
+    text = f"warning: images of {path / 'a'} are 8x8, those of {tmp_path / 'large.npz'} 24x16"
+    assert text in err
+    run("--save-stats", tmp_path / "stats.npz", tmp_path / "large.npz")
+    assert "24x16" in run(path / "a", tmp_path / "stats.npz")[1] and "8x8" not in run(path / "a", path / "c.npz")[1]
+
+
+def torchrun(*argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv, "--device", "cpu"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_batch_size_and_processes_do_not_matter(work, run, small_inception, tmp_path):
+    """All metrics; two processes of the real main() on the small network."""
     path, _ = work
-    argv = [str(path / "a"), str(path / "b.npz"), "--features", str(path / "features.pt"), "--batch-size", "4", "--num-samples", "39"]
-    one, _ = run(*argv)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "fid.py", *argv, "--device", "cpu"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    argv = [str(path / "a"), str(path / "c.npz"), "--num-samples", "39"]
+    one, _ = run(*argv, "--batch-size", 16)
+    others = [run(*argv, "--batch-size", 3)[0]]
+    (tmp_path / "small.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import fid, functools, test_fid\ntest_fid.use_small_inception(fid)\n"
+        "fid.precision_recall = functools.partial(fid.precision_recall, block=8)\nfid.main()\n"  # so that both processes have rows
+    )
+    done = torchrun(str(tmp_path / "small.py"), *argv, "--batch-size", "3")
     assert done.returncode == 0, done.stderr
-    two = json.loads(done.stdout)
-    assert two["processes"] == 2 and one["processes"] == 1
-    assert two["frechet_distance"] == pytest.approx(one["frechet_distance"], rel=1e-6)
-    assert (two["num_samples"], two["num_reference"]) == (39, 53)
+    others.append(json.loads(done.stdout))
+    assert [other["processes"] for other in others] == [1, 2]
+    for other in others:
+        assert (other["num_samples"], other["num_reference"]) == (39, 51)
+        for name in ALL:
+            assert other[name] == pytest.approx(one[name], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        # only the second process meets the broken image
+        ("{bad}/late {work}/b.npz --features {work}/features.pt --batch-size 4", "images of one set must have one size: {bad}/late/9.png"),
+        ("{work}/a {work}/b.npz --inception {bad}/weights.pth", "{bad}/weights.pth does not hold the weights of the FID Inception"),
+    ],
+    ids=["image", "weights"],
+)
+def test_one_line_for_all_processes(line, text, work, bad, bad_networks):
+    done = torchrun("fid.py", *line.format(work=work[0], bad=bad).split())
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fid.py: ")]
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(lines) == 1 and lines[0].startswith("fid.py: error: " + text.format(bad=bad)), done.stderr
+    assert 'fid.py", line' not in done.stderr  # torchrun has a traceback of its own
+
+
+def test_self_test(tmp_path, inception_weights, monkeypatch, capsys):
+    def self_test(weights):
+        torch.save(weights, tmp_path / "weights.pth")
+        fid.main(["--self-test", str(tmp_path / "weights.pth"), "--device", "cpu"])
+
+    for weights, text in (
+        (inception_weights, "fits the network, but its sha256"),
+        (inception_weights | {"fc.bias": torch.full((1008,), torch.nan)}, "fc.bias has NaN"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            self_test(weights)
+        check_error(text, exit_.value.code, *capsys.readouterr())
+    monkeypatch.setattr(fid, "INCEPTION_SHA256", "")  # the digest of these weights is nobody's
+    self_test(inception_weights)
+    result = json.loads(capsys.readouterr().out)
+    assert result["passed"] and result["tensors"] == 566 and result["float32_error"] < 1e-5
 
 
 # Bad input
@@ -337,7 +577,7 @@ def bad(work, tmp_path_factory):
     path, images = work
     here = tmp_path_factory.mktemp("bad")
     image = Image.fromarray(images["a"][0])
-    for folder in ("empty", "corrupt", "cut", "sizes", "deep", "one"):
+    for folder in ("empty", "corrupt", "cut", "sizes", "deep", "one", "late"):
         (here / folder).mkdir()
         if folder != "empty":
             image.save(here / folder / "0.png")
@@ -347,6 +587,8 @@ def bad(work, tmp_path_factory):
     noise.save(here / "cut" / "0.png")
     (here / "cut" / "1.png").write_bytes((here / "cut" / "0.png").read_bytes()[:5000])
     image.resize((9, 8)).save(here / "sizes" / "1.png")
+    for i in range(10):
+        (image.resize((9, 8)) if i == 9 else image).save(here / "late" / f"{i}.png")
     Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(here / "deep" / "1.png")
     np.savez(here / "nothing.npz", images=images["a"])
     np.savez(here / "float.npz", images["a"].astype(np.float32))
@@ -361,6 +603,7 @@ def bad(work, tmp_path_factory):
     np.savez(here / "pickled_mu.npz", mu=np.array([{}], dtype=object), sigma=np.eye(1))
     np.savez(here / "shapes.npz", mu=np.zeros(12), sigma=np.eye(11))
     np.savez(here / "nan.npz", mu=np.full(12, np.nan), sigma=np.eye(12))
+    np.savez(here / "spatial.npz", mu=np.zeros(12), sigma=np.eye(12), mu_s=np.zeros(4), sigma_s=np.full((4, 4), np.inf))
     np.savez(here / "dim5.npz", mu=np.zeros(5), sigma=np.eye(5))
     np.savez(here / "inception_stats.npz", mu=np.zeros(12), sigma=np.eye(12), features=json.dumps("inception-2015-12-05 (tf1 resize)"))
     torch.save({"a": torch.zeros(2)}, here / "weights.pth")
@@ -407,7 +650,12 @@ BAD = {  # name: arguments ({work}, {bad} are folders; --features {work}/feature
     "two networks": ("{work}/a {work}/b.npz --features {work}/features.pt --resize tf1", "leave out --inception and --resize"),
     "no reference": ("{work}/a", "give either SAMPLES REFERENCE, or --save-stats"),
     "reference and save": ("{work}/a {work}/b.npz --save-stats {bad}/out.npz", "give either"),
-    "no arguments": ("", "the following arguments are required: samples"),
+    "no arguments": ("", "give SAMPLES REFERENCE, or --save-stats OUT.npz SAMPLES, or --self-test FILE"),
+    "metrics of Inception": ("{work}/a {work}/b.npz --metrics fid is --features {work}/features.pt", "sfid and is need Inception"),
+    "unknown metric": ("{work}/a {work}/b.npz --metrics kid", "invalid choice: 'kid'"),
+    "metrics of saved statistics": ("--save-stats {bad}/out.npz {work}/a --metrics fid", "leave out --metrics"),
+    "self-test with sets": ("--self-test {bad}/weights.pth --resize tf1", "stands alone"),
+    "spatial statistics": ("{work}/a {bad}/spatial.npz", "does not hold finite mu_s (D,) and sigma_s (D, D)"),
     "unknown flag": ("{work}/a {work}/b.npz --sfid", "unrecognized arguments: --sfid"),
     "bad number": ("{work}/a {work}/b.npz --num many", "argument --num/--num-samples: invalid positive value: 'many'"),
     "batch size": ("{work}/a {work}/b.npz --batch-size 0", "0 is not positive"),
