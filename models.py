@@ -8,6 +8,7 @@ their own: same inputs, same output, in train and eval mode. Training-only heads
 
 import argparse
 import copy
+import fcntl
 import hashlib
 import json
 import math
@@ -764,13 +765,20 @@ def load_vae(path, groups=32):
 
 
 class LatentCache(torch.utils.data.Dataset):
-    """A finished file of latent moments (see cache_latents), memory-mapped: `header`, `classes`; items by lists of (index, flip)."""
+    """A finished file of latent moments (see cache_latents), memory-mapped: `header`, `classes`; items by lists of (index, flip).
+
+    Raises ValueError, one line, unless the file is the one that the header describes.
+    """
 
     def __init__(self, path, header):
-        self.classes, self.header = header["classes"], header
+        check_latents(path, header)
+        self.path, self.header, self.classes = path, header, header["classes"]
         _, labels, moments, _ = latent_layout(header)
         self.labels = np.memmap(path, np.int32, "r", labels, (header["count"],))
         self.moments = np.memmap(path, np.float16, "r", moments, (header["count"], 2, *header["moments"]))
+
+    def __reduce__(self):  # for loader processes: the name, not 42 GB
+        return LatentCache, (self.path, self.header)
 
     def __len__(self):
         return len(self.labels)
@@ -795,86 +803,104 @@ def latent_layout(header):
 
 
 def check_latents(path, expected):
-    """Raises ValueError, one line, unless the file's header is the one expected; names what differs."""
+    """Raises ValueError, one line, unless the file's header and size are those expected; names what differs."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(2**20).rstrip(b"\0"))
         unlike = [k for k in expected if header[k] != expected[k]]
-        size = latent_layout(header)[3]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a file of latents: move it away") from None
     if unlike:
         shown = ", ".join(f"{k} {str(header[k])[:20]} (needed: {str(expected[k])[:20]})" for k in unlike)
         raise ValueError(f"{path} holds latents of another data set or VAE: {shown}; move it away to encode anew")
-    if path.stat().st_size != size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes in place of {size}: move it away to encode anew")
+    size, right = path.stat().st_size, latent_layout(expected)[3]
+    if size != right:
+        raise ValueError(f"{path} has {size} bytes in place of {right}: move it away to encode anew")
 
 
-def cache_latents(path, images, vae, vae_hash, bf16, workers, batch_size=32):
+def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
     """Encode every image and its mirror once, by all processes -> LatentCache. An interrupted encoding goes on where it stopped.
 
     path: one file: a JSON header of all that the latents depend on, flags of finished images, labels, and moments (count, 2, 2 C, h, w) in
     float16, the second of the two those of the mirror; called PATH.partial until it is whole. 42 GB for ImageNet at 256 px.
-    images: items (index, False) -> uint8 (3, S, S) and label, or a message; `classes`, `size`, and `digest`, of their names.
-    vae: on its device; bf16: encode under autocast. Raises, one line each, ValueError on every process (a file of other latents, no room)
-    and OSError on one alone (an unreadable image, latents that overflow float16).
+    images: items (index, False) -> uint8 (3, S, S) and label, or a message; `classes`, `size`, and `digest`, of their names. collate: a
+    list of them -> batch, or a message. vae: on its device; it encodes in float32 (TF32 on GPUs), as bfloat16 moves means by 1 % of their
+    spread.
+    Raises ValueError, one line, on every process: a file of other latents, no room, unreadable images (when all others are encoded).
     """
-    if images.size % vae.factor:
-        raise ValueError(f"the image size {images.size} is not divisible by {vae.factor}, as the VAE needs")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    partial, device = path.with_name(f"{path.name}.partial"), next(vae.parameters()).device
-    side = images.size // vae.factor
+    partial, device, locks = path.with_name(f"{path.name}.partial"), next(vae.parameters()).device, []
+    if (vae.latent_channels, vae.factor) != (4, 8):
+        raise ValueError(f"the VAE has {vae.latent_channels} channels and a factor of {vae.factor}; Stable Diffusion's has 4 and 8")
+    if images.size % 8:
+        raise ValueError(f"the image size {images.size} is not divisible by 8, as the VAE needs")
     expected = {"format": "latents 1", "count": len(images), "classes": images.classes, "names": images.digest, "size": images.size}
-    expected |= {"crop": "ADM centre", "vae": vae_hash, "scale": VAE_SCALE, "moments": [2 * vae.latent_channels, side, side]}
+    expected |= {"crop": "ADM centre", "vae": vae_hash, "scale": VAE_SCALE, "moments": [8, images.size // 8, images.size // 8]}
     flags, labels, moments, end = latent_layout(expected)
+    text = json.dumps(expected).encode().ljust(2**20, b"\0")
 
     def open_file():
-        for existing in (path, partial):
-            if existing.exists():
-                return check_latents(existing, expected)
-        room = shutil.disk_usage(path.parent).free
-        if room < end:
-            raise ValueError(f"{partial} needs {end / 1e9:.1f} GB, and there are {room / 1e9:.1f} GB")
-        with open(partial, "wb") as file:
-            file.write(json.dumps(expected).encode().ljust(2**20, b"\0"))
-            file.truncate(end)
+        """Indices still to be encoded, or None if the file is whole; makes the file, and locks it for this job."""
+        if path.exists():
+            return None
+        if len(text) > 2**20:
+            raise ValueError(f"the names of {len(images.classes)} classes are longer than a MiB")
+        if not partial.exists():
+            room, new = shutil.disk_usage(path.parent).free, partial.with_name(f"{partial.name}.{os.getpid()}")
+            if room < end:
+                raise ValueError(f"{partial} needs {end / 1e9:.1f} GB, and there are {room / 1e9:.1f} GB")
+            with open(new, "wb") as file:
+                file.write(text)
+                file.truncate(end)
+            os.replace(new, partial)
+        check_latents(partial, expected)
+        locks.append(open(partial, "rb"))
+        try:
+            fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is encoding {partial}: wait for it") from None
+        return np.flatnonzero(np.memmap(partial, np.uint8, "r", flags, (expected["count"],)) == 0)
 
-    on_rank_0(open_file)
-    if path.exists():
+    todo = on_rank_0(open_file)
+    if todo is None:
         return LatentCache(path, expected)
-    file = os.open(partial, os.O_RDWR)
-    finished = np.memmap(partial, np.uint8, "r", flags, (expected["count"],))
-    mine = np.array_split(np.flatnonzero(finished[:] == 0), world)[rank].tolist()
-    bar = tqdm(total=expected["count"], disable=rank > 0, unit="img", desc="encoding", dynamic_ncols=True)
+    check_latents(partial, expected)  # what this process sees under that name
+    mine, errors, finished = todo[rank::world].tolist(), [], np.memmap(partial, np.uint8, "r", flags, (expected["count"],))
     batches = [[(i, False) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size)]
-    loader = torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=list)
-    size = 4 * math.prod(expected["moments"])  # bytes of an image and its mirror
-    for keys, items in zip(batches, loader):
-        broken = next((item for item in items if isinstance(item, str)), None)
-        if broken:
-            raise OSError(broken)
-        x = torch.stack([image for image, _ in items]).to(device).float() / 127.5 - 1
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    loader = torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate)
+    size, count = 4 * math.prod(expected["moments"]), expected["count"]  # bytes of an image and its mirror; images
+    with (
+        open(partial, "r+b") as file,
+        tqdm(total=count, initial=count - len(todo), disable=rank > 0, unit="img", desc="encoding", dynamic_ncols=True) as bar,
+    ):
+        for keys, batch in zip(batches, loader):
+            if isinstance(batch, str):
+                errors.append(batch)
+                continue
+            x = batch[0].to(device).float() / 127.5 - 1
             encoded = torch.cat(vae.encode(torch.cat([x, x.flip(3)])), 1).half()  # (2 N, 2 C, h, w)
-        if not torch.isfinite(encoded).all():
-            raise OSError(f"{partial}: latents of images {keys[0][0]} to {keys[-1][0]} are not finite in float16: is this the right VAE?")
-        pairs = encoded.unflatten(0, (2, -1)).transpose(0, 1).contiguous().cpu().numpy()  # (N, 2, 2 C, h, w)
-        for (i, _), pair, (_, label) in zip(keys, pairs, items):
-            os.pwrite(file, pair.tobytes(), moments + i * size)
-            os.pwrite(file, np.int32(label).tobytes(), labels + 4 * i)
-        os.fdatasync(file)  # flags are never on disk before what they stand for
-        for i, _ in keys:
-            os.pwrite(file, b"\1", flags + i)
-        if rank == 0:
-            bar.update(int(finished.sum()) - bar.n)
-    os.fsync(file)
-    os.close(file)
+            if not torch.isfinite(encoded).all():
+                errors.append(f"latents of images {keys[0][0]} to {keys[-1][0]} are not finite in float16: is this the right VAE?")
+                break
+            pairs = encoded.unflatten(0, (2, -1)).transpose(0, 1).contiguous().cpu().numpy()  # (N, 2, 2 C, h, w)
+            for (i, _), pair, label in zip(keys, pairs, batch[1].numpy().astype(np.int32)):
+                os.pwrite(file.fileno(), pair.tobytes(), moments + i * size)
+                os.pwrite(file.fileno(), label.tobytes(), labels + 4 * i)
+            os.fsync(file.fileno())  # flags are never on disk before what they stand for
+            for i, _ in keys:
+                os.pwrite(file.fileno(), b"\1", flags + i)
+            bar.update(int(finished.sum()) - bar.n if rank == 0 else 0)
+        os.fsync(file.fileno())
+    gathered = [errors]
     if world > 1:
-        dist.barrier()
-    bar.close()
+        gathered = [None] * world
+        dist.all_gather_object(gathered, errors)
+    errors = [error for some in gathered for error in some]
+    if errors:
+        raise ValueError(errors[0] + f" (and {len(errors) - 1} more; the other images are encoded)" * (len(errors) > 1))
 
     def finish():
-        if not np.memmap(partial, np.uint8, "r", flags, (expected["count"],)).all():
+        if not np.memmap(partial, np.uint8, "r", flags, (count,)).all():
             raise ValueError(f"{partial} lacks images that other processes encoded: it must be in a folder that all of them share")
         os.replace(partial, path)
 

@@ -157,6 +157,8 @@ def load_decoder(args, about):
         hint = "" if args.vae else f", the VAE that {args.ckpt} was trained with: give --vae"
         raise ValueError(f"no file {file}{hint}")
     vae, vae_hash = load_vae(file)
+    if (vae.latent_channels, vae.factor) != (4, 8):
+        raise ValueError(f"{file} has {vae.latent_channels} channels and a factor of {vae.factor}; Stable Diffusion's VAE has 4 and 8")
     if about.get("vae_hash", vae_hash) != vae_hash:
         raise ValueError(f"{file} is another VAE than the one that {args.ckpt} was trained with")
     return vae, vae_hash
@@ -254,6 +256,8 @@ def main(args):
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local >= torch.cuda.device_count():
         fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
     if world > 1:
         dist.init_process_group("gloo")

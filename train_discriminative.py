@@ -289,8 +289,10 @@ def parse_args(argv=None):
     add("--sample-every", type=int, default=10_000, help="steps between sample grids; 0: only at the end")
     add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: only at the end")
     method_arguments(parser)
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(vae_hash=None, **DEFAULTS)
     args = parser.parse_args(argv)
+    if args.latents and not args.vae:
+        fail("--latents needs --vae")
     least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
     most = {"ema_decay": 1, "label_drop": 1, "time_gap": 1, "mask_ratio": 1}
     for name, value in vars(args).items():
@@ -421,10 +423,13 @@ def main(method_cls, args):
     if len(data) < args.batch_size:
         fail(f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}")
 
-    channels, side = (4, args.image_size // 8) if args.vae else (3, args.image_size)
+    vae, channels, side = (None, 4, args.image_size // 8) if args.vae else (None, 3, args.image_size)
     diffusion = make_diffusion(args.diffusion, clip=not args.vae)
-    torch.manual_seed(args.seed)
     try:
+        if args.vae:
+            vae, args.vae_hash = load_vae(args.vae)
+            vae.to(device)
+        torch.manual_seed(args.seed)
         network = {"input_size": side, "in_channels": channels, "num_classes": len(data.classes), **parse_model(args.model)}
         method = method_cls(args, {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm}, diffusion).to(device)
     except ValueError as error:
@@ -436,15 +441,7 @@ def main(method_cls, args):
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    workers, vae, vae_hash = (8 if cuda else 0) if args.workers is None else args.workers, None, None
-    if args.vae:
-        try:
-            vae, vae_hash = load_vae(Path(args.vae))
-            data = cache_latents(latents, data, vae.to(device), vae_hash, bf16, workers)
-        except (ValueError, OSError) as error:
-            fail(error, every_rank=isinstance(error, OSError))
     description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
-    description["vae_hash"] = vae_hash
 
     def stored_state():  # all but a frozen teacher, which its own checkpoint holds
         return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
@@ -461,8 +458,9 @@ def main(method_cls, args):
     step, rows = 0, []
     if saved:
         was = {k: saved["args"].get(k) for k in description if saved["args"].get(k) != description[k] and k not in ("out", "workers")}
-        changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", "classes")]
-        changed += ["other classes"] * ("classes" in was)
+        named = {"classes": "other classes", "vae_hash": "another VAE"}
+        changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", *named)]
+        changed += [text for k, text in named.items() if k in was]
         state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
         if saved["step"] > args.steps:
             fail(f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out")
@@ -474,6 +472,12 @@ def main(method_cls, args):
         optimizer.load_state_dict(saved["optimizer"])
         step, rows = saved["step"], saved["log"].tolist()
         del saved, state
+    workers = (8 if cuda else 0) if args.workers is None else args.workers
+    if args.vae:
+        try:
+            data = cache_latents(latents, data, vae, args.vae_hash, collate, workers)
+        except (ValueError, OSError) as error:
+            fail(error)
     wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0

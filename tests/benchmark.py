@@ -13,6 +13,7 @@ ratios within one run mean something. All rows have the same network: Self-Trans
 
 import argparse
 import gc
+import json
 import multiprocessing
 import resource
 import sys
@@ -186,11 +187,11 @@ def loader(workers, entries=50_000, batch=256, batches=100):
     """Images/s that the latent cache feeds: random batches, mirrored or not, of a generated file of ImageNet-256's shape."""
     header = {"count": entries, "classes": ["one", "two"], "moments": [8, 32, 32]}
     _, _, start, end = latent_layout(header)
+    text = json.dumps(header).encode().ljust(2**20, b"\0")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "latents"
         with open(path, "wb") as file:
-            file.truncate(start)
-            file.seek(start)
+            file.write(text.ljust(start, b"\0"))
             block = torch.randn(500, 2, 8, 32, 32).half().numpy().tobytes()
             for _ in range(entries // 500):
                 file.write(block)

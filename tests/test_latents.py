@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import time
@@ -10,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from conftest import ROOT
 from PIL import Image
 from test_end_to_end import run_in_process
-from test_training import TINY, assert_same, checkpoint, command, log_lines, run
+from test_training import TINY, assert_same, checkpoint, command, free_port, log_lines, run
 from test_vae import write_safetensors
 
 import models
 import sample
+import train_sra
 from models import VAE_SCALE, AutoencoderKL, LatentCache, cache_latents, latent_layout, load_vae
-from train_sra import Images
+from train_sra import Images, collate
 
 SIZE = 32  # of the images; latents are 4 x 4
 
@@ -53,7 +56,7 @@ def one_thread():
 
 def encode(folder, path, batch_size=8, vae=None, data="data", size=SIZE, vae_file="vae.bin"):
     loaded, vae_hash = load_vae(folder / vae_file)
-    return cache_latents(path, Images(str(folder / data), size, 0, 1), vae or loaded, vae_hash, False, 0, batch_size)
+    return cache_latents(path, Images(str(folder / data), size, 0, 1), vae or loaded, vae_hash, collate, 0, batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -165,19 +168,79 @@ def test_no_room_is_said_before_encoding(folder, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_broken_image_and_overflow_are_named(folder, tmp_path):
+def test_broken_images_are_named_when_all_others_are_encoded(folder, tmp_path):
     (tmp_path / "data" / "a").mkdir(parents=True)
     good = next((folder / "data").rglob("*.png")).read_bytes()
-    for k in range(3):
-        (tmp_path / "data" / "a" / f"{k}.png").write_bytes(good[:-60] if k == 1 else good)
-    with pytest.raises(OSError, match=r"cannot read image .*1\.png"):
-        encode(folder, tmp_path / "c.latents", data=tmp_path / "data")
+    for k in range(9):
+        (tmp_path / "data" / "a" / f"{k}.png").write_bytes(good[:-60] if k in (1, 5) else good)
+    with pytest.raises(ValueError, match=r"cannot read image .*1\.png.*and 1 more; the other images are encoded"):
+        encode(folder, tmp_path / "c.latents", data=tmp_path / "data", batch_size=3)
+    for k in (1, 5):
+        (tmp_path / "data" / "a" / f"{k}.png").write_bytes(good)
+    rest = Stops(load_vae(folder / "vae.bin")[0], 100)
+    encode(folder, tmp_path / "c.latents", data=tmp_path / "data", vae=rest)
+    assert rest.images == 6  # two batches of three
+
+
+def test_unfit_vaes_and_sizes_are_refused(folder, tmp_path):
     vae = load_vae(folder / "vae.bin")[0]
     vae.quant_conv.weight.mul_(1e7)
-    with pytest.raises(OSError, match="images 0 to 7 are not finite in float16"):
+    with pytest.raises(ValueError, match="images 0 to 7 are not finite in float16"):
         encode(folder, tmp_path / "d.latents", vae=vae)
     with pytest.raises(ValueError, match="image size 36 is not divisible by 8"):
         encode(folder, tmp_path / "e.latents", size=36)
+    for changes in ({"latent_channels": 16}, {"channels": (32, 32, 32)}):
+        other = AutoencoderKL(**{"channels": (32, 32, 32, 32), "layers": 1, **changes})
+        with pytest.raises(ValueError, match="Stable Diffusion's has 4 and 8"):
+            encode(folder, tmp_path / "f.latents", vae=other)
+    assert not (tmp_path / "f.latents.partial").exists()
+
+
+def test_one_run_at_a_time_encodes(folder, tmp_path):
+    class Meets(Stops):
+        def encode(self, x):
+            with pytest.raises(ValueError, match="another run is encoding"):
+                encode(folder, tmp_path / "c.latents")
+            return super().encode(x)
+
+    assert len(encode(folder, tmp_path / "c.latents", vae=Meets(load_vae(folder / "vae.bin")[0], 100))) == 30
+
+
+def test_class_names_longer_than_the_header_are_refused(folder, tmp_path):
+    images = Images(str(folder / "data"), SIZE, 0, 1)
+    images.classes = ["x" * 200 + str(k) for k in range(6000)]
+    vae, vae_hash = load_vae(folder / "vae.bin")
+    with pytest.raises(ValueError, match="names of 6000 classes are longer than a MiB"):
+        cache_latents(tmp_path / "c.latents", images, vae, vae_hash, collate, 0)
+
+
+def test_loader_processes_get_the_name_of_the_file(cache):
+    content = pickle.dumps(cache)
+    assert len(content) < 2000 and torch.equal(pickle.loads(content).__getitems__([(3, True)])[0], cache.__getitems__([(3, True)])[0])
+
+
+def ranks_apart(rank, port, folder):
+    """Rank 1 sees another cache under the same name, as on a machine with a disk of its own."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    folder = Path(folder)
+    vae, vae_hash = load_vae(folder / "vae.bin")
+    images = Images(str(folder / "data"), SIZE, 0, 1)
+    try:
+        cache_latents(folder / f"rank{rank}.latents", images, vae, vae_hash, collate, 0)
+        result = "accepted"
+    except ValueError as error:
+        result = str(error)
+    (folder / f"result{rank}").write_text(result)
+    torch.distributed.destroy_process_group()
+
+
+def test_every_process_checks_the_file_it_reads(folder, cache):
+    (folder / "rank0.latents").write_bytes((folder / "whole.latents").read_bytes())
+    other = encode(folder, folder / "rank1.latents", vae_file="other.bin")
+    assert other.header["vae"] != cache.header["vae"]
+    mp.spawn(ranks_apart, (free_port(), str(folder)), nprocs=2)
+    assert (folder / "result0").read_text() == "accepted" and "of another data set or VAE: vae" in (folder / "result1").read_text()
 
 
 # From the command line
@@ -214,6 +277,34 @@ def test_training_on_latents_resumes_bitwise_and_samples(folder, tmp_path, name)
     assert protocol["vae"] == a["args"]["vae_hash"] == load_vae(folder / "vae.safetensors")[1]
 
 
+def test_the_loop_trains_on_fresh_samples_and_latents_are_not_clipped(folder, tmp_path, monkeypatch):
+    """Two epochs of the whole set without flips: other latents of the same images. DDPM clips pixels while sampling, never latents."""
+    seen, made = [], []
+
+    class Records(train_sra.SRA):
+        def forward(self, x0, y):
+            seen.append(x0)
+            return super().forward(x0, y)
+
+    monkeypatch.setattr(train_sra, "SRA", Records)
+    original = train_sra.make_diffusion
+    monkeypatch.setattr(train_sra, "make_diffusion", lambda name, clip: (made.append(clip), original(name, clip))[1])
+    options = [*flags(folder, tmp_path), "--diffusion", "ddpm", "--batch-size", "30", "--no-flip", "--steps", "2"]
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    train_sra.main(Records, train_sra.parse_args([*TINY, "--out", str(tmp_path / "a"), *options]))
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    first, second = (x0.sum((0, 2, 3)) for x0 in seen)
+    assert x0_is_scaled(seen[0]) and not torch.allclose(first, second, rtol=1e-5, atol=1e-5)
+    assert made == [False]
+    args = sample.parse_args(["--ckpt", str(tmp_path / "a")])
+    assert sample.load_network(args, tmp_path / "a" / "checkpoints" / "0000002.pt")[1].clip is False
+
+
+def x0_is_scaled(x0):
+    return x0.shape == (30, 4, 4, 4) and x0.dtype == torch.float32 and x0.abs().max() < 20 * VAE_SCALE
+
+
 def test_which_vae_samples(folder, tmp_path, capfd):
     """The checkpoint's own by default, the same weights in another format, no other one; and none at all for pixels."""
     moved = tmp_path / "moved.bin"
@@ -248,8 +339,8 @@ def test_resuming_with_another_vae_is_refused(folder, tmp_path, capfd):
     run_in_process("train_sra", tmp_path / "a", *flags(folder, tmp_path), *options)
     other = flags(folder, tmp_path, "other.bin")
     for changes, words in (
-        ([], "holds latents of another data set or VAE: vae"),
-        (["--latents", str(tmp_path / "d.latents")], "does not fit"),
+        ([], "another VAE: use the flags it was made with"),
+        (["--out", str(tmp_path / "b")], "holds latents of another data set or VAE: vae"),
     ):
         with pytest.raises(SystemExit) as stop:
             run_in_process("train_sra", tmp_path / "a", *other, *changes, *options)
@@ -257,6 +348,16 @@ def test_resuming_with_another_vae_is_refused(folder, tmp_path, capfd):
     capfd.readouterr()
     run_in_process("train_sra", tmp_path / "a", *flags(folder, tmp_path, "vae.safetensors"), "--steps", "3", "--batch-size", "6")
     assert "resuming with" in capfd.readouterr().out  # the same weights, in another file
+
+
+def test_unmasked_tuning_needs_the_same_vae(folder, tmp_path, capfd):
+    run_in_process("train_mdt", tmp_path / "a", *flags(folder, tmp_path), "--steps", "1", "--batch-size", "6")
+    start = ["--init-from", str(tmp_path / "a" / "checkpoints" / "0000001.pt"), "--steps", "1", "--batch-size", "6"]
+    run_in_process("train_mdt", tmp_path / "b", *flags(folder, tmp_path), *start)
+    for more, words in ((flags(folder, tmp_path, "other.bin"), "it differs in VAE"), (["--latents", "x"], "--latents needs --vae")):
+        with pytest.raises(SystemExit) as stop:
+            run_in_process("train_mdt", tmp_path / "c", *more, *start)
+        assert stop.value.code == 2 and words in capfd.readouterr().err
 
 
 def test_two_processes_killed_in_the_middle_of_encoding(folder, cache, tmp_path):

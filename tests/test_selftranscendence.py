@@ -554,6 +554,9 @@ def test_unfit_teachers_are_refused(small, tmp_path):
     torch.save(without, tmp_path / "without.pt")
     refused("no unconditional features", tmp_path / "without.pt")
     small(2, "--teacher", str(tmp_path / "without.pt"), "--feature-guidance", "1")
+    without["args"] |= {"label_drop": 0.1, "vae_hash": "abc"}
+    torch.save(without, tmp_path / "latent.pt")
+    refused(r"VAE abc \(here None\)", tmp_path / "latent.pt")
     refused(r"qk_norm True \(here False\)", flags=["--no-qk-norm"])
     refused(r"hidden_size 32 \(here 16\)", hidden_size=16)
     refused(r"depth 6 \(here 8\)", depth=8)
