@@ -350,3 +350,15 @@ def test_parity_with_diffusers(tmp_path):
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours.decode(posterior.mean), theirs.decode(posterior.mean).sample, atol=1e-5, rtol=1e-5)
     assert models.VAE_SCALE == theirs.config.scaling_factor
+
+
+def test_bf16_autocast_is_near_float32():
+    """As sample.py --precision bf16 decodes: outputs are float32 or bfloat16 images within a few grey levels of the exact ones."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(channels=(32, 32, 32, 32), layers=1)
+    z = torch.randn(2, 4, 4, 4)
+    exact = vae.decode(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        images, (mean, _) = vae.decode(z).float(), vae.encode(exact)
+    assert 0 < (images - exact).abs().max() < 0.05 * exact.abs().max()
+    assert 0 < (mean - vae.encode(exact)[0]).abs().max() < 0.05 * mean.abs().max()
