@@ -8,7 +8,6 @@ their own: same inputs, same output, in train and eval mode. Training-only heads
 
 import argparse
 import copy
-import fcntl
 import hashlib
 import json
 import math
@@ -808,6 +807,8 @@ def check_latents(path, expected):
         with open(path, "rb") as file:
             header = json.loads(file.read(2**20).rstrip(b"\0"))
         unlike = [k for k in expected if header[k] != expected[k]]
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: all processes need it") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a file of latents: move it away") from None
     if unlike:
@@ -828,6 +829,8 @@ def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
     spread.
     Raises ValueError, one line, on every process: a file of other latents, no room, unreadable images (when all others are encoded).
     """
+    import fcntl  # not on Windows, where the rest of this file runs
+
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     partial, device, locks = path.with_name(f"{path.name}.partial"), next(vae.parameters()).device, []
     if (vae.latent_channels, vae.factor) != (4, 8):
@@ -857,8 +860,10 @@ def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
         locks.append(open(partial, "rb"))
         try:
             fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(f"another run is encoding {partial}: wait for it") from None
+        except OSError:
+            pass  # a file system without locks
         return np.flatnonzero(np.memmap(partial, np.uint8, "r", flags, (expected["count"],)) == 0)
 
     todo = on_rank_0(open_file)
