@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 SIZES = {  # depth, hidden size, heads: DiT Table 1; H is MaskDiT's; Ti is ours, for CPUs
@@ -181,7 +182,7 @@ class DiT(nn.Module):
             raise ValueError(f"unknown long residual {long_residual!r}: choose none, pre or post")
         if long_residual != "none" and depth % 2:
             raise ValueError(f"long residuals need an even number of blocks, not {depth}")
-        self.patch_size = patch_size
+        self.patch_size, self.checkpointing = patch_size, False
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -236,6 +237,12 @@ class DiT(nn.Module):
         both = F.layer_norm(both, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
         return linear["linear"](both.to(x.dtype)).to(x.dtype)
 
+    def run(self, block, x, c):
+        """block(x, c); with `checkpointing`, what it needs for its gradient is computed again in the backward pass instead of kept."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, c, use_reentrant=False)
+        return block(x, c)
+
     def streams(self, x, c):
         """Embedded tokens (N, T, D) -> an iterator over (k, stream after block k), k = 0 .. depth; blocks run as they are asked for."""
         yield 0, x
@@ -243,7 +250,7 @@ class DiT(nn.Module):
         for k, block in enumerate(self.blocks, 1):
             if self.long_residual == "pre":
                 x = self.long_residual_at(k, x, early)
-            x = block(x, c)
+            x = self.run(block, x, c)
             if self.long_residual == "post":
                 x = self.long_residual_at(k, x, early)
             yield k, x
@@ -332,7 +339,7 @@ class MaskedDiT(DiT):
             tokens = put_back(self.mask_token.expand(*embedded.shape[:2], -1), ids_keep, tokens)  # (N, T, width)
         tokens = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:
-            tokens = block(tokens, c)
+            tokens = self.run(block, tokens, c)
         out = self.unpatchify(self.final_layer(tokens, c))
         return (out, {k: kept[k] for k in features}) if features else out
 

@@ -259,6 +259,7 @@ def parse_args(argv=None):
     add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
     add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, fp32 on CPU)")
     add("--compile", action=switch, default=False, help="torch.compile every transformer block")
+    add("--checkpointing", action=switch, default=False, help="keep no activations of blocks: a third more time, far less memory")
     add("--seed", type=int, default=0)
     add("--workers", type=int, help="data-loading processes per rank (default: 8 on CUDA, 0 on CPU)")
     add("--log-every", type=int, default=50)
@@ -433,7 +434,8 @@ def main(method_cls, args):
         fail(error)
     step, rows = 0, []
     if saved:
-        was = {k: saved["args"].get(k) for k in description if saved["args"].get(k) != description[k] and k not in ("out", "workers")}
+        compared = {k: v for k, v in description.items() if k not in ("out", "workers", "checkpointing")}
+        was = {k: saved["args"].get(k) for k, v in compared.items() if saved["args"].get(k) != v}
         named = {"classes": "other classes", "vae_hash": "another VAE"}
         changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", *named)]
         changed += [text for k, text in named.items() if k in was]
@@ -454,6 +456,7 @@ def main(method_cls, args):
             data = cache_latents(latents, data, vae, args.vae_hash, collate, workers)
         except (ValueError, OSError) as error:
             fail(error)
+    method.model.checkpointing = args.checkpointing
     wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0

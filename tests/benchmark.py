@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                      sizes for the machine: Ti/4 and S/4 pixels on CPU; B/2 and XL/2 latents-shaped on CUDA
     python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile on
+    python tests/benchmark.py --loader 0           images/s that the latent cache feeds, here without loader processes
     python tests/benchmark.py --evaluation         fid.py alone: its network against a plain loop, its Frechet distance against sqrtm
 
 For each row: images/s (median step), the ratio to the first row, the bound on the ratio to vanilla from multiply-adds (a teacher
@@ -14,11 +15,13 @@ ratios within one run mean something. All rows have the same network: Self-Trans
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import resource
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +37,12 @@ import train_mdt
 import train_selftranscendence
 import train_sra
 from diffusion import make_diffusion
-from models import Block, DiT, LatentCache, latent_layout, parse_model
+from models import Attention, Block, DiT, LatentCache, latent_layout, parse_model
 
 # name: script, its method, flags; the noise process is --diffusion, unless the flags say otherwise
 METHODS = {
     "vanilla": (train_sra, "SRA", ["--align-weight", "0"]),
+    "plain": (train_sra, "SRA", ["--align-weight", "0"]),  # as one would write it: see plain_attention
     "sra": (train_sra, "SRA", []),
     "mdt": (train_mdt, "MaskDiT", ["--diffusion", "edm"]),
     "mdt r=0": (train_mdt, "MaskDiT", ["--diffusion", "edm", "--mask-ratio", "0"]),
@@ -80,6 +84,7 @@ def macs(network):
     mlp, guide = T * (2 * D * hidden + hidden**2), 2 * (embed + 2 * depth // 3 * block_macs(T, D))
     return {
         "vanilla": 3 * vanilla,
+        "plain": 3 * vanilla,
         "sra": 3 * (vanilla + 4 * T * D**2) + embed + teacher_block * block_macs(T, D),
         "mdt": 3 * masked(T // 2),
         "mdt r=0": 3 * masked(T),
@@ -101,6 +106,20 @@ def save_teacher(path, network, diffusion):
     return str(path)
 
 
+def plain_attention(self, x):
+    """Attention as one would write it: the softmax of all products of queries and keys."""
+    N, T, D = x.shape
+    q, k, v = self.qkv(x).reshape(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(2, 3) / math.sqrt(D // self.num_heads)).softmax(3)
+    return self.proj((weights @ v).transpose(1, 2).reshape(N, T, D))
+
+
+def plain_ema(averaged, trained, decay):
+    """EMA as one would write it: parameter by parameter."""
+    for a, p in zip(averaged, trained):
+        a.mul_(decay).add_(p, alpha=1 - decay)
+
+
 class Row:
     """One method at one size: the arithmetic of a training step of the scaffold, timed in parts; no loader, log or progress bar."""
 
@@ -113,6 +132,10 @@ class Row:
         self.method = getattr(script, method)(parsed, network, make_diffusion(parsed.diffusion)).to(device)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
+        if name == "plain":
+            for module in self.method.modules():
+                if isinstance(module, Attention):
+                    module.forward = types.MethodType(plain_attention, module)
         self.trained, self.averaged = list(self.method.model.parameters()), list(self.method.ema.parameters())
         if compiled:
             for module in self.method.modules():
@@ -146,7 +169,10 @@ class Row:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.averaged, self.trained, 1e-4)
+            if self.name == "plain":
+                plain_ema(self.averaged, self.trained, 1 - 1e-4)
+            else:
+                torch._foreach_lerp_(self.averaged, self.trained, 1e-4)
             self.method.after_step(k, 1000)
         end = self.now()
         self.times.append(end - start)

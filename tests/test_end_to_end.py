@@ -1,14 +1,18 @@
 """Every training script from its real command line: one and two processes, resuming, sampling from what it leaves."""
 
 import importlib
+import json
+import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from conftest import ROOT
-from test_training import TINY, assert_same, checkpoint, log_lines, run, terminate_after
+from test_training import TINY, assert_same, checkpoint, free_port, log_lines, run, terminate_after
 
 SMALL_HEAD = ["--prototypes", "64", "--head-width", "32", "--freeze-steps", "2", "--temperature-steps", "6"]
 MODES = {  # one line a mode that changes which parameters are used, or how
@@ -106,3 +110,41 @@ def test_unmasked_tuning_starts_from_weights_and_ema(tmp_path):
         with pytest.raises(SystemExit) as stop:
             run_in_process("train_mdt", tmp_path / "other", "--steps", "1", *start, *flags)
         assert stop.value.code == 2
+
+
+def collectives(rank, port, name, flags, folder):
+    """Counts what a run of two processes exchanges in 3 steps and in 9, all within one log interval."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    counts = []
+    for k, steps in enumerate((3, 9)):
+        os.environ["MASTER_PORT"] = str(port[k])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            run_in_process(name, Path(folder) / str(steps), "--steps", str(steps), "--log-every", "100", *flags)
+        counts.append({event.key: event.count for event in profile.key_averages() if event.key.startswith("gloo:")})
+    if rank == 0:
+        (Path(folder) / "counts.json").write_text(json.dumps(counts))
+
+
+OWN = {"train_discriminative": 1}  # the mean of its teacher's logits, for the centres
+
+
+@pytest.mark.parametrize("mode", ["sra", "sd-dit", "selftrans 2"])
+def test_a_step_exchanges_gradients_and_one_flag(tmp_path, mode, flags_of):
+    """Six more steps are six more all-reductions of the gradients (two buckets of them here) and of the flag to stop, and nothing else."""
+    name, flags = flags_of(mode) if mode in MODES else ("train_sra", [])
+    mp.spawn(collectives, ((free_port(), free_port()), name, flags, str(tmp_path)), nprocs=2)
+    few, many = json.loads((tmp_path / "counts.json").read_text())
+    more = {key: many[key] - few.get(key, 0) for key in many}
+    assert {key for key, count in more.items() if count} == {"gloo:all_reduce"}
+    assert more["gloo:all_reduce"] in {6 * (buckets + 1 + OWN.get(name, 0)) for buckets in (1, 2)}
+
+
+@pytest.mark.parametrize("mode", ["mdt", "diversedit"])
+def test_checkpointing_changes_nothing_but_memory(tmp_path, mode, flags_of):
+    name, flags = flags_of(mode)
+    for folder, more in (("a", []), ("b", ["--checkpointing"])):
+        run_in_process(name, tmp_path / folder, "--steps", "3", *flags, *more)
+    a, b = checkpoint(tmp_path / "a", 3), checkpoint(tmp_path / "b", 3)
+    for part in ("model", "ema", "method", "optimizer", "log"):
+        assert_same(a[part], b[part], part)

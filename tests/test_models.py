@@ -180,3 +180,23 @@ def test_repa_checkpoint_with_ddp_prefix_and_projectors(tmp_path):
     torch.save({"model": state, "ema": state, "opt": {}, "steps": 5}, tmp_path / "repa.pt")
     loaded, notes = load_official(tmp_path / "repa.pt", "repa", 3)
     assert torch.equal(loaded(*draws()), model(*draws())) and any("projectors" in n for n in notes)
+
+
+def test_checkpointing_runs_blocks_again_in_the_backward_pass():
+    """Same gradients, each block twice; no gradient, no second run."""
+    network, ran = tiny(), []
+    for block in network.blocks:
+        block.attn.register_forward_hook(lambda *_: ran.append(1))
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 1])
+    gradients = []
+    for network.checkpointing, times in ((False, 1), (True, 2)):
+        ran.clear()
+        network.zero_grad()
+        network(x, t, y).square().sum().backward()
+        assert len(ran) == times * len(network.blocks)
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    ran.clear()
+    with torch.no_grad():
+        network(x, t, y)
+    assert len(ran) == len(network.blocks)
