@@ -47,6 +47,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -483,6 +484,7 @@ def main(method_cls, args):
     method.model.checkpointing = args.checkpointing
     wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
     if world > 1:
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its new name is unknown to older versions
         wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing for DDP to split
