@@ -1,7 +1,7 @@
 """FID, sFID, Inception score, precision and recall of a set of images, as the ADM evaluator defines them.
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz
-    python fid.py --save-stats reference.npz DATA/train
+    python fid.py --save-stats reference.npz DATA/train                  images of one size
     torchrun --standalone --nproc_per_node=8 fid.py samples/ reference.npz --num-samples 50000
     python fid.py --self-test pt_inception-2015-12-05-6726825d.pth
 
@@ -31,11 +31,14 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -283,19 +286,23 @@ def load_inception(path, resize):
     if path is None:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # torch.hub announces the download there, stdout is for the JSON alone
-                weights = torch.hub.load_state_dict_from_url(
+                torch.hub.load_state_dict_from_url(
                     INCEPTION_URL, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
                 )
         except Exception as error:
             raise ValueError(f"cannot download {INCEPTION_URL} ({error}): fetch it elsewhere and pass --inception FILE") from error
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"cannot load Inception weights from {path} ({type(error).__name__})") from error
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not digest.startswith(INCEPTION_SHA256):
-            name = {"file": str(path), "sha256": digest, "resize": resize}
+    file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]  # where it was stored, now or before
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of TorchScript files, on two lines, before it refuses them
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"cannot load Inception weights from {file} ({type(error).__name__})") from error
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if not digest.startswith(INCEPTION_SHA256):
+        if path is None:
+            raise ValueError(f"{file} is not the published file ({digest[:8]}... for {INCEPTION_SHA256}...): delete it")
+        name = {"file": str(path), "sha256": digest, "resize": resize}
     network = InceptionV3(resize)
     try:
         network.load_state_dict(weights, strict=True)
@@ -337,7 +344,9 @@ class ImageFolder:
     """All images below a folder, in the order of their sorted paths."""
 
     def __init__(self, path):
-        self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        tops = [path, *(p for p in path.iterdir() if p.is_symlink() and p.is_dir())]  # linked class folders, as in training
+        found = (Path(folder, name) for top in tops for folder, _, names in os.walk(top) for name in names)
+        self.paths = sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES)
         self.count = len(self.paths)
         if not self.paths:
             fail(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}")
@@ -365,6 +374,9 @@ class ImageArchive:
                 self.shape = self.read_header(stream)
             except ValueError as error:
                 fail(error)
+            held = archive.getinfo("arr_0.npy").file_size - stream.tell()
+            if held != math.prod(self.shape):
+                fail(f"arr_0 of {path} holds {held} bytes, not the {math.prod(self.shape)} of its shape {self.shape}")
         self.count, self.size = self.shape[0], self.shape[2:0:-1]  # size: (width, height)
 
     def read_header(self, stream):
@@ -377,7 +389,7 @@ class ImageArchive:
         if dtype.hasobject:
             wanted = "a uint8 array (N, H, W, 3) is needed"
             raise ValueError(f"arr_0 of {self.path} is a pickled object array (images of different sizes?); {wanted}")
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran_order:
             raise ValueError(f"arr_0 of {self.path} is {dtype} {shape}; a C-ordered uint8 array (N, H, W, 3) is needed")
         return shape
 
@@ -426,7 +438,7 @@ class ImageSet:
                     self.stats = {key: np.asarray(arrays[key], dtype=np.float64) for key in keys}
                     self.num = int(arrays["num"]) if "num" in arrays.files else None
                     self.features = json.loads(str(arrays["features"])) if "features" in arrays.files else None
-                    self.size = tuple(arrays["size"].tolist()) if "size" in arrays.files else None
+                    self.size = tuple(arrays["size"].tolist()) if "size" in arrays.files and arrays["size"].shape == (2,) else None
                 elif not self.images:
                     fail(f"{path} holds neither images (arr_0) nor statistics (mu, sigma), but {', '.join(arrays.files) or 'nothing'}")
         except Exception as error:
@@ -504,20 +516,23 @@ def extract(images, num, network, device, batch_size, keep=()):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), float64; mu (D,), sigma (D, D). ValueError if the shapes differ.
 
-    The last trace is the sum of the roots of the eigenvalues of S1 S2, which are real: those of the symmetric L^T S1 L for any L with
-    S2 = L L^T. LAPACK's is the Cholesky factor; where S2 is singular (fewer images than dimensions), it is the symmetric root. Can come out
-    below 0 by rounding (about 1e-6).
+    The last trace is the sum of the roots of the eigenvalues of S1 S2, which are real: those of the symmetric L^T S1 L with S2 = L L^T, by
+    LAPACK. If one is singular (fewer images than dimensions), roots of rounding errors would count: then it is the sum of the singular
+    values of R1^T R2, S = R R^T, whose columns of eigenvalue zero are left out. Can come out below 0 by rounding, at equal sets.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape:
         raise ValueError(f"statistics of different dimensions: {mu1.shape} and {mu2.shape}")
     try:
+        np.linalg.cholesky(sigma1)
         values = scipy.linalg.eigh(sigma1, sigma2, type=2, eigvals_only=True, driver="gv")  # S1 S2 v = w v
+        trace_root = np.sqrt(values.clip(min=0)).sum()
     except np.linalg.LinAlgError:
-        values, vectors = np.linalg.eigh(sigma2)
-        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-        values = np.linalg.eigvalsh(root @ sigma1 @ root)
-    trace_root = np.sqrt(values.clip(min=0)).sum()
+        roots = []
+        for values, vectors in (np.linalg.eigh(sigma1), np.linalg.eigh(sigma2)):
+            positive = values > 10 * np.finfo(float).eps * values.max(initial=0)
+            roots.append(vectors[:, positive] * np.sqrt(values[positive]))
+        trace_root = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum() if roots[0].size and roots[1].size else 0.0
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root)
 
 
@@ -685,8 +700,9 @@ def find_device(name):
         fail(f"--device {name}: not a device")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            fail(f"--device {device}: GPU {index} asked for, {torch.cuda.device_count()} there")
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.index is None else index + 1
+        if needed > torch.cuda.device_count():
+            fail(f"--device {device}: GPU {needed - 1} asked for, {torch.cuda.device_count()} there")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -765,12 +781,14 @@ def main(argv=None):
     todo = [metric for metric in metrics if reasons[metric] is None]
     keep = [["pool"] * ("pr" in todo) + ["logits_unbiased"] * ("is" in todo), ["pool"] * ("pr" in todo)]
     from_images = [bool(s.images and (names or not s.stats)) for s, names in zip(sets, keep)]
+    if todo == ["is"]:
+        from_images[1] = False  # nothing of the reference is asked for
     world = int(os.environ.get("WORLD_SIZE", "1"))
     for s, count, run in zip(sets, counts, from_images):
         if run and count < max(2, world):
             fail(f"{count} of {s.path} to be used: at least {max(2, world)} images are needed")
     if world > 1:
-        dist.init_process_group("gloo")  # all that is exchanged lies on the CPU
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # all that is exchanged lies on the CPU
     if any(from_images) or args.features or args.inception:
         network, features = load_network(args, device)
     else:
@@ -813,7 +831,7 @@ def main(argv=None):
             warn(f"images of {args.samples} are {sizes[0]}, those of {args.reference} {sizes[1]}: what is measured includes the resolution")
         if samples.num is not None and samples.num < 10_000:
             warn(f"{samples.num} samples: the distance is biased upwards below about 10,000 (50,000 is usual)")
-        if not isinstance(features, str):
+        if not str(features).startswith("inception-2015-12-05 ("):
             results = {OTHER_SPACE[name]: value for name, value in results.items()}
         protocol = {"samples": str(args.samples), "reference": str(args.reference)}
         protocol |= {"num_samples": samples.num, "num_reference": reference.num}

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import urllib.error
+import zipfile
 
 import numpy as np
 import pytest
@@ -735,3 +736,47 @@ def test_bad_input_from_the_shell(name, work, bad):
     argv = line.format(work=work[0], bad=bad).split() + ["--features", str(work[0] / "features.pt"), "--device", "cpu"]
     done = subprocess.run([sys.executable, "fid.py", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60)
     check_error(text.format(work=work[0], bad=bad), done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("counts", [(100, 100), (100, 400), (400, 100)])
+def test_distance_with_fewer_images_than_dimensions(counts):
+    """Against the exact trace, the nuclear norm of A^T B of centred features, S = A A^T; at equal sets 0."""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((128, 128)) / 10
+    features = [np.maximum(rng.standard_normal((n, 128)) @ mixing, 0) + 0.1 * k for k, n in enumerate(counts)]
+    stats = [(f.mean(0), np.cov(f, rowvar=False)) for f in features]
+    roots = [(f - f.mean(0)).T / math.sqrt(len(f) - 1) for f in features]
+    traces = np.trace(stats[0][1]) + np.trace(stats[1][1]) - 2 * np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
+    exact = ((stats[0][0] - stats[1][0]) ** 2).sum() + traces
+    assert abs(fid.frechet_distance(*stats[0], *stats[1]) - exact) < 1e-9
+    assert abs(fid.frechet_distance(*stats[0], *stats[0])) < 1e-9
+    assert abs(fid.frechet_distance(*stats[0], stats[0][0], np.zeros((128, 128))) - np.trace(stats[0][1])) < 1e-9
+
+
+def test_other_weights_in_the_cache_are_refused(tmp_path, monkeypatch, inception_weights):
+    """torch.hub checks the hash of what it downloads, not of what it finds."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(inception_weights, tmp_path / "hub" / "checkpoints" / fid.INCEPTION_URL.rsplit("/", 1)[1])
+    with pytest.raises(ValueError, match=r"is not the published file .*: delete it"):
+        fid.load_inception(None, "tf1")
+
+
+def test_array_shorter_than_its_header(tmp_path, capfd):
+    for shape in ((10**12, 8, 8, 3), (20, 0, 0, 3)):
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as entry:
+            np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            entry.write(b"0" * 1000)
+        with pytest.raises(SystemExit) as stop:
+            fid.ImageSet(tmp_path / "a.npz")
+        error = capfd.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "arr_0 of" in error
+
+
+def test_linked_class_folders_count(tmp_path):
+    for folder in ("set/a", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "set")
+    assert fid.ImageFolder(tmp_path / "set").count == 2
