@@ -113,11 +113,11 @@ def test_unmasked_tuning_starts_from_weights_and_ema(tmp_path):
 
 
 def collectives(rank, port, name, flags, folder):
-    """Counts what a run of two processes exchanges in 3 steps and in 9, all within one log interval."""
+    """Counts what a run of two processes exchanges in 2 steps and in 5, all within one log interval."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     counts = []
-    for k, steps in enumerate((3, 9)):
+    for k, steps in enumerate((2, 5)):
         os.environ["MASTER_PORT"] = str(port[k])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             run_in_process(name, Path(folder) / str(steps), "--steps", str(steps), "--log-every", "100", *flags)
@@ -129,15 +129,15 @@ def collectives(rank, port, name, flags, folder):
 OWN = {"train_discriminative": 1}  # the mean of its teacher's logits, for the centres
 
 
-@pytest.mark.parametrize("mode", ["sra", "sd-dit", "selftrans 2"])
+@pytest.mark.parametrize("mode", ["sra", "sd-dit"])
 def test_a_step_exchanges_gradients_and_one_flag(tmp_path, mode, flags_of):
-    """Six more steps are six more all-reductions of the gradients (two buckets of them here) and of the flag to stop, and nothing else."""
+    """Three more steps are three more all-reductions of the gradients (two buckets of them here) and of the flag to stop, and nothing else."""
     name, flags = flags_of(mode) if mode in MODES else ("train_sra", [])
     mp.spawn(collectives, ((free_port(), free_port()), name, flags, str(tmp_path)), nprocs=2)
     few, many = json.loads((tmp_path / "counts.json").read_text())
     more = {key: many[key] - few.get(key, 0) for key in many}
     assert {key for key, count in more.items() if count} == {"gloo:all_reduce"}
-    assert more["gloo:all_reduce"] in {6 * (buckets + 1 + OWN.get(name, 0)) for buckets in (1, 2)}
+    assert more["gloo:all_reduce"] in {3 * (buckets + 1 + OWN.get(name, 0)) for buckets in (1, 2)}
 
 
 @pytest.mark.parametrize("mode", ["mdt", "diversedit"])
