@@ -131,7 +131,7 @@ OWN = {"train_discriminative": 1}  # the mean of its teacher's logits, for the c
 
 @pytest.mark.parametrize("mode", ["sra", "sd-dit"])
 def test_a_step_exchanges_gradients_and_one_flag(tmp_path, mode, flags_of):
-    """Three more steps are three more all-reductions of the gradients (two buckets of them here) and of the flag to stop, and nothing else."""
+    """Three more steps exchange gradients (in one bucket or two) and the flag to stop three times more, and nothing else."""
     name, flags = flags_of(mode) if mode in MODES else ("train_sra", [])
     mp.spawn(collectives, ((free_port(), free_port()), name, flags, str(tmp_path)), nprocs=2)
     few, many = json.loads((tmp_path / "counts.json").read_text())
