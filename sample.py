@@ -6,11 +6,12 @@
 The papers' protocols, with 50,000 images; VAE: sd-vae-ft-ema's diffusion_pytorch_model.safetensors; on eight GPUs as above
     python sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 --vae VAE --solver sde --steps 250 --num 50000     SiT, SRA: SDE
     ... --guidance 1.8 --guidance-interval 0 0.7                                                            and with guidance, as in SRA
-    python sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 --vae VAE --solver heun --steps 125 --num 50000       SiT: ODE
+    python sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 --vae VAE --solver heun --steps 125 --num 50000
+                                              SiT: ODE, 249 evaluations of Heun's method (the paper: dopri5, which is not here)
     python sample.py --ckpt DiT-XL-2-256x256.pt --official dit --model DiT-XL/2 --vae VAE --solver sde --steps 250 --guidance 1.5
         --guidance-channels 3 --num 50000                                                                                  DiT: DDPM
     python sample.py --ckpt maskdit.pt --official maskdit --model DiT-XL/2 --vae VAE --solver heun --steps 40 --guidance 1.5 --num 50000
-Checkpoints of the training scripts need neither --official nor --model nor --vae: they remember all three.
+Checkpoints of the training scripts need neither --official nor --model nor --vae: they say themselves what they are.
 
 Writes under --out: samples.npz (ADM's format: `arr_0` uint8 (num, H, W, 3), and `arr_1` int64 labels), grid.png, protocol.json with
 everything the images depend on (also in samples.npz), and with --png one file an image. Noise and label of image i depend on (--seed, i)
@@ -19,7 +20,7 @@ again. (--num-samples is --num; some versions of torchrun take --num for one of 
 
 Solvers (diffusion.py cites each): heun and euler integrate the probability-flow ODE (EDM + heun: EDM Algorithm 1; DDPM + euler: DDIM). sde
 is REPA's Euler-Maruyama for flow, ancestral sampling for DDPM, EDM's Algorithm 2 for EDM (--churn S_churn S_min S_max S_noise).
-Pixels are clipped to [-1, 1] at every DDPM step, as Ho et al. do; official checkpoints are latent models, so nothing is clipped.
+Pixels are clipped to [-1, 1] at every DDPM step, as Ho et al. do; latents, and so all official checkpoints, are not.
 Latents become images by the VAE's decoder, in the network's precision; --latents stores them instead (`arr_0` float32 (num, C, H, W)).
 """
 

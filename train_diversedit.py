@@ -25,9 +25,8 @@ Implementation details (files of the official repository at 5fedda17; its resear
  1. Long residuals `pre` are the paper's Eq. 8 with f_0 the embedded input, and the research model's. `post`, the released models/sit.py,
     fuses f_j (j = 1 .. L/2) after block L + 1 - j. No bypass: z replaces the stream. Plain Xavier, LayerNorm affine and in fp32.
  2. Pairs: the paper's supplement has 10 random layers. All 45 pairs of them, drawn anew in every step, are our reading; they are equal
-    on all ranks, keyed by the seed. `--pair-layers` as in Table A7.
-    `--pairs anchor`: loss.py's list of the first 10 pairs, block 1 with 2 .. 11; beside REPA
-    at depth d it starts at block 10 - d: `--anchor-block 2` for d = 8, 5 for d = 5. `--pairs all`: all pairs of all blocks.
+    on all ranks, keyed by the seed. `--pair-layers` as in Table A7. `--pairs anchor`: loss.py's list of the first 10 pairs, block 1 with
+    2 .. 11; beside REPA at depth d it starts at block 10 - d: `--anchor-block 2` for d = 8, 5 for d = 5. `--pairs all`: all of all blocks.
  3. Terms as in loss.py, which adds the absolute values, the factor 4 and the limit of disp, and 1/3 for the paper's 0.33. With the
     paper's signed a_k the division by the largest entry is unbounded. `--term-weights`: orth, MI, disp; disp alone does not help (Table 7).
  4. disp is over the blocks of P, as in the paper; with `--pairs anchor` over all blocks, as in loss.py.

@@ -30,7 +30,7 @@ Implementation details (csslc/Self-Transcendence at 42fde5d; 1, 2: stage; T: tra
  2. MLP: D -> 2048 -> 2048 -> D, SiLU [M2:18]; 2 D wide below D = 768 (ours). Stage 1: LayerNorm without affine, then linear [M1:161].
  3. Blocks: stage 1 block 2 [sh1, for B]; stage 2 depth / 2 -> 2 depth / 3: B 6 -> 8 [sh2], L 12 -> 16, XL 14 -> 18 by the same rule.
  4. Teacher: online weights, not the EMA [T2:178]; fp32, on GPUs TF32 [T2:170] (bf16 moved f_g by 1 % in the toy); it stops at its block
-    [M2:300]. It must have the student's network and process, and should have its data: of the classes only the number is compared.
+    [M2:300]. It must have the student's network, process and VAE, and should have its data: of classes only the number is compared.
  5. Guidance 30, weight 0.5, plain MSE, stop at step 100,000 [sh2; T2:429]; 50,000 from 24 blocks on (a third party's notes). Other
     lengths: stage 1, stage 2 and stop are in proportion 40 : 80 : 20 epochs (10 for L and XL).
  6. A student whose label is dropped has the conditional target [T2:285]. `--drop-target` unconditional: f_g = f_u for it; skip: no term.
