@@ -61,7 +61,7 @@ def position_embedding(dim, grid_size):
 
 def modulate(x, shift, scale):
     """LayerNorm without affine, then adaLN's shift and scale: x (N, T, D), shift and scale (N, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale.unsqueeze(1))
 
 
 class PatchEmbed(nn.Module):
@@ -70,7 +70,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, T, D)
+        """The convolution as a linear layer of patches: its result lies in memory as (N, T, D), and with it the whole stream."""
+        patches = F.unfold(x, self.proj.kernel_size, stride=self.proj.stride).transpose(1, 2)  # (N, T, C * p * p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, T, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -108,7 +110,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         N, T, D = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (N, heads, T, D / heads)
+        qkv = self.qkv(x).view(N, T, 3, self.num_heads, -1)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (N, heads, T, D / heads); no copy here, nor of the gradient
         x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 
@@ -134,8 +137,8 @@ class Block(nn.Module):
 
     def forward(self, x, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)  # each (N, D)
-        x = x + gate_a.unsqueeze(1) * self.attn(modulate(x, shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.mlp(modulate(x, shift_m, scale_m))  # (N, T, D)
+        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attn(modulate(x, shift_a, scale_a)))
+        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(x, shift_m, scale_m)))  # (N, T, D)
 
 
 class FinalLayer(nn.Module):

@@ -116,6 +116,7 @@ class MaskDiT(nn.Module):
         mask_ratio_at(0, 1, args.mask_ratio, args.mask_schedule)
         self.diffusion, self.step, self.steps = diffusion, 0, args.steps
         self.mask_ratio, self.schedule, self.weight = args.mask_ratio, args.mask_schedule, args.mae_weight
+        self.dynamic = None if args.mask_schedule == "constant" else True  # --compile: once for all numbers of tokens
         self.label_drop, self.null_label = args.label_drop, network["num_classes"]
         decoder = args.decoder or ((2, 128, 4) if network["hidden_size"] == 128 else (8, 512, 16))
         self.model = MaskedDiT(decoder=decoder, **network)
@@ -372,7 +373,7 @@ def main(method_cls, args):
     except ValueError as error:
         fail(error)
     parameters = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=cuda)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
 
     if world > 1:
         if cuda:
@@ -425,7 +426,7 @@ def main(method_cls, args):
         torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing for DDP to split
         for module in method.modules():
             if isinstance(module, Block):
-                module.compile()
+                module.compile(dynamic=getattr(method, "dynamic", None))
 
     def save():
         own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
@@ -477,7 +478,9 @@ def main(method_cls, args):
                     terms = wrapped(x0, y)
                 (terms["loss"] / accumulate).backward()
             sums = sums + torch.stack([v.detach().float() for v in terms.values()]) / accumulate
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if args.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay

@@ -370,7 +370,7 @@ def main(method_cls, args):
     except ValueError as error:
         fail(error)
     parameters = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=cuda)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
 
     if world > 1:
         if cuda:
@@ -423,7 +423,7 @@ def main(method_cls, args):
         torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing for DDP to split
         for module in method.modules():
             if isinstance(module, Block):
-                module.compile()
+                module.compile(dynamic=getattr(method, "dynamic", None))
 
     def save():
         own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
@@ -475,7 +475,9 @@ def main(method_cls, args):
                     terms = wrapped(x0, y)
                 (terms["loss"] / accumulate).backward()
             sums = sums + torch.stack([v.detach().float() for v in terms.values()]) / accumulate
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if args.clip_grad:
+            nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
