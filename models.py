@@ -137,8 +137,8 @@ class Block(nn.Module):
 
     def forward(self, x, c):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)  # each (N, D)
-        x = torch.addcmul(x, gate_a.unsqueeze(1), self.attn(modulate(x, shift_a, scale_a)))
-        return torch.addcmul(x, gate_m.unsqueeze(1), self.mlp(modulate(x, shift_m, scale_m)))  # (N, T, D)
+        x = x + gate_a.unsqueeze(1) * self.attn(modulate(x, shift_a, scale_a))
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(x, shift_m, scale_m))  # (N, T, D)
 
 
 class FinalLayer(nn.Module):
@@ -243,7 +243,7 @@ class DiT(nn.Module):
     def run(self, block, x, c):
         """block(x, c); with `checkpointing`, what it needs for its gradient is computed again in the backward pass instead of kept."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, c, use_reentrant=False)
+            return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # there is no randomness
         return block(x, c)
 
     def streams(self, x, c):

@@ -156,6 +156,9 @@ class SDDiT(nn.Module):
         self.register_buffer("centre", torch.zeros(len(self.kinds), args.prototypes))
         self.register_buffer("mean_logits", torch.zeros_like(self.centre), persistent=False)  # summed over the micro-batches of a step
         self.micro_batches = 0
+        students = [dict(module.named_parameters()) for module in (self.model, self.head)]
+        pairs = [(p, s[name]) for t, s in zip((self.teacher, self.teacher_head), students) for name, p in t.named_parameters()]
+        self.teachers, self.students = zip(*pairs)  # parameters of the teacher and its head, and those they follow
 
     def forward(self, x0, y, t=None, noise=None, drop=None, mask=None, teacher_noise=None):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise and teacher_noise like x0, drop (N,) and
@@ -221,9 +224,7 @@ class SDDiT(nn.Module):
         if step < self.args.freeze_steps:  # undone here: zero gradients would leave Adam's moments unfit for the first real one
             self.head.weight.copy_(self.teacher_head.weight)
         momentum = momentum_at(step, steps, self.args.teacher_momentum, self.args.teacher_momentum_schedule)
-        for teacher, student in ((self.teacher, self.model), (self.teacher_head, self.head)):
-            student = dict(student.named_parameters())
-            torch._foreach_lerp_(list(teacher.parameters()), [student[name] for name, _ in teacher.named_parameters()], 1 - momentum)
+        torch._foreach_lerp_(self.teachers, self.students, 1 - momentum)
         if self.args.centring:
             mean = self.mean_logits / self.micro_batches
             if dist.is_initialized():

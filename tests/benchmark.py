@@ -2,17 +2,21 @@
 
     python tests/benchmark.py                      sizes for the machine: Ti/4 and S/4 pixels on CPU; B/2 and XL/2 latents-shaped on CUDA
     python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile on
+    python tests/benchmark.py --count              operations, bytes and memory of a step, counted without running it: S/2, B/2, XL/2
     python tests/benchmark.py --loader 0           images/s that the latent cache feeds, here without loader processes
     python tests/benchmark.py --evaluation         fid.py alone: its network against a plain loop, its Frechet distance against sqrtm
 
 For each row: images/s (median step), the ratio to the first row, the bound on the ratio to vanilla from multiply-adds (a teacher
-pass costs one forward of the blocks it runs, training three), peak memory, and the share of a step outside the network's forward and
-backward: reading the images (in this process; the training scripts read ahead in others with --workers), clipping, AdamW, EMA. On CUDA also
-MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy machine disturbs all alike; only
-ratios within one run mean something. All rows have the same network: Self-Transcendence is without the qk-norm that is its default.
+pass costs one forward of the blocks it runs, training three), peak memory, the slowest step over the median, and the share of a step
+outside the network's forward and backward: reading the images (in this process; the training scripts read ahead in others with --workers),
+clipping, AdamW, EMA. On CUDA also MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy
+machine disturbs all alike; only ratios within one run mean something. "plain" is vanilla as one would first write it: see PlainDiT. All
+rows have the same network: Self-Transcendence is without the qk-norm that is its default.
 """
 
 import argparse
+import contextlib
+import copy
 import gc
 import json
 import math
@@ -21,12 +25,18 @@ import resource
 import sys
 import tempfile
 import time
-import types
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import scipy.linalg
 import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,12 +47,12 @@ import train_mdt
 import train_selftranscendence
 import train_sra
 from diffusion import make_diffusion
-from models import Attention, Block, DiT, LatentCache, latent_layout, parse_model
+from models import Block, DiT, LatentCache, latent_layout, parse_model
 
 # name: script, its method, flags; the noise process is --diffusion, unless the flags say otherwise
 METHODS = {
     "vanilla": (train_sra, "SRA", ["--align-weight", "0"]),
-    "plain": (train_sra, "SRA", ["--align-weight", "0"]),  # as one would write it: see plain_attention
+    "plain": (train_sra, "SRA", ["--align-weight", "0"]),  # see PlainDiT
     "sra": (train_sra, "SRA", []),
     "mdt": (train_mdt, "MaskDiT", ["--diffusion", "edm"]),
     "mdt r=0": (train_mdt, "MaskDiT", ["--diffusion", "edm", "--mask-ratio", "0"]),
@@ -106,18 +116,64 @@ def save_teacher(path, network, diffusion):
     return str(path)
 
 
-def plain_attention(self, x):
-    """Attention as one would write it: the softmax of all products of queries and keys."""
-    N, T, D = x.shape
-    q, k, v = self.qkv(x).reshape(N, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-    weights = (q @ k.transpose(2, 3) / math.sqrt(D // self.num_heads)).softmax(3)
-    return self.proj((weights @ v).transpose(1, 2).reshape(N, T, D))
+class PlainBlock(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def attention(self, x):
+        N, T, D = x.shape
+        q, k, v = self.attn["qkv"](x).reshape(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(2, 3) / math.sqrt(D // self.heads)).softmax(3)
+        return self.attn["proj"]((weights @ v).transpose(1, 2).reshape(N, T, D))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (v[:, None] for v in self.adaLN_modulation(c).chunk(6, 1))
+        x = x + gate_a * self.attention(self.norm(x) * (1 + scale_a) + shift_a)
+        hidden = self.mlp["fc1"](self.norm(x) * (1 + scale_m) + shift_m)
+        return x + gate_m * self.mlp["fc2"](nn.functional.gelu(hidden, approximate="tanh"))
 
 
-def plain_ema(averaged, trained, decay):
-    """EMA as one would write it: parameter by parameter."""
-    for a, p in zip(averaged, trained):
-        a.mul_(decay).add_(p, alpha=1 - decay)
+class PlainDiT(nn.Module):
+    """DiT as one would first write it: the yardstick. Explicit softmax attention, separate products and sums, patches by a convolution; in
+    Row.step an EMA parameter by parameter, AdamW and clipping with default flags, the loss read back in every step. State dict and
+    outputs are those of the DiT it is made from.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        dim = model.config["hidden_size"]
+        for name in ("x_embedder", "t_embedder", "y_embedder"):
+            self.add_module(name, copy.deepcopy(getattr(model, name)))
+        self.register_buffer("pos_embed", model.pos_embed.clone())
+        self.blocks = nn.ModuleList(PlainBlock(dim, model.config["num_heads"]) for _ in model.blocks)
+        self.norm, self.final_layer = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False), nn.Module()
+        self.final_layer.linear = copy.deepcopy(model.final_layer.linear)
+        self.final_layer.adaLN_modulation = copy.deepcopy(model.final_layer.adaLN_modulation)
+        self.unpatchify = model.unpatchify
+        self.load_state_dict(model.state_dict())
+
+    def forward(self, x, t, y):
+        x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x, c)
+        shift, scale = (v[:, None] for v in self.final_layer.adaLN_modulation(c).chunk(2, 1))
+        return self.unpatchify(self.final_layer.linear(self.norm(x) * (1 + scale) + shift))
+
+
+def make_method(name, network, args, more=()):
+    """The method of a row, and its parsed flags: args.diffusion, those of METHODS with args.teacher, and `more`."""
+    script, method, own = METHODS[name]
+    parsed = script.parse_args(["--diffusion", args.diffusion, *(args.teacher if flag == "TEACHER" else flag for flag in own), *more])
+    torch.manual_seed(0)
+    method = getattr(script, method)(parsed, network, make_diffusion(parsed.diffusion))
+    if name == "plain":
+        method.model, method.ema = PlainDiT(method.model), PlainDiT(method.ema).requires_grad_(False)
+    return method, parsed
 
 
 class Row:
@@ -125,21 +181,14 @@ class Row:
 
     def __init__(self, name, network, compiled, args, device):
         self.name, self.compiled, self.device, self.times, self.outside = name, compiled, device, [], []
-        script, method, flags = METHODS[name]
-        flags = [args.teacher if flag == "TEACHER" else flag for flag in flags]
-        parsed = script.parse_args(["--diffusion", args.diffusion, *flags])
-        torch.manual_seed(0)
-        self.method = getattr(script, method)(parsed, network, make_diffusion(parsed.diffusion)).to(device)
-        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
-        if name == "plain":
-            for module in self.method.modules():
-                if isinstance(module, Attention):
-                    module.forward = types.MethodType(plain_attention, module)
+        self.method, parsed = make_method(name, network, args)
+        self.method.to(device)
+        self.parameters, self.clip = [p for p in self.method.parameters() if p.requires_grad], parsed.clip_grad
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, weight_decay=0.0, fused=None if name == "plain" else True)
         self.trained, self.averaged = list(self.method.model.parameters()), list(self.method.ema.parameters())
         if compiled:
             for module in self.method.modules():
-                if isinstance(module, Block):
+                if isinstance(module, (Block, PlainBlock)):
                     module.compile()
         side = network["input_size"]
         self.bf16, self.shape = device.type == "cuda", (args.batch_size, network["in_channels"], side, side)
@@ -165,18 +214,132 @@ class Row:
             loss = self.method(x0, y)["loss"]
         loss.backward()
         network = self.now()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if self.name == "plain":
+            loss.item()
+            nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters])
+            if self.clip:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             if self.name == "plain":
-                plain_ema(self.averaged, self.trained, 1 - 1e-4)
+                for a, p in zip(self.averaged, self.trained):
+                    a.mul_(1 - 1e-4).add_(p, alpha=1e-4)
             else:
                 torch._foreach_lerp_(self.averaged, self.trained, 1e-4)
             self.method.after_step(k, 1000)
         end = self.now()
         self.times.append(end - start)
         self.outside.append(1 - (network - read) / (end - start))
+
+
+class WithoutContent(FakeTensorMode):
+    """Tensors with shapes and without content; a copy of a module stays in the same mode."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operations read and write, views excepted, and the most that storages held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.live = self.peak = 0
+        self.seen = weakref.WeakKeyDictionary()
+
+    def hold(self, storage):
+        if storage not in self.seen:
+            self.seen[storage] = size = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.release, size)
+
+    def release(self, size):
+        self.live -= size
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        outputs = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor)]
+        for v in outputs:
+            self.hold(v.untyped_storage())
+        if outputs and not operation.is_view:
+            inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+            self.bytes += sum(v.numel() * v.element_size() for v in inputs + outputs)
+        return result
+
+
+def counted(name, network, batch, args, checkpointing=False, more=()):
+    """A step in bf16 of tensors without content: FLOP (a product and a sum count as two; attention's products computed again do not
+    count), bytes moved by the forward and backward pass and by the rest, peak bytes.
+    """
+    side, aten = network["input_size"], torch.ops.aten
+    products = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: 2 * sdpa_flop_count(q, k, v),
+    }
+    draw = mock.patch("torch.nn.init.trunc_normal_", nn.init.normal_)  # the former looks at what it has drawn
+    with WithoutContent(), Traffic() as traffic, draw:
+        method, parsed = make_method(name, network, args, more)
+        method.model.checkpointing = checkpointing
+        parameters = [p for p in method.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        flop = FlopCounterMode(display=False, custom_mapping=products)
+        for counter in (flop, contextlib.nullcontext()):  # the first step makes AdamW's state; the counter keeps tensors alive
+            with counter:
+                x0, y = torch.randn(batch, network["in_channels"], side, side), torch.zeros(batch, dtype=torch.int64)
+                traffic.bytes, traffic.peak = 0, traffic.live
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = method(x0, y)["loss"]
+                loss.backward()
+            inside, traffic.bytes = traffic.bytes, 0
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+            if parsed.clip_grad:
+                nn.utils.clip_grads_with_norm_(parameters, parsed.clip_grad, norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(method.ema.parameters()), list(method.model.parameters()), 1e-4)
+                method.after_step(0, 1000)
+            del loss, norm, x0, y
+        return np.array([flop.get_total_flops(), inside, traffic.bytes, traffic.peak])
+
+
+IN_RANGE = {"stage 1": "vanilla", "stage 2": "stopped"}  # rows whose own part runs on three images in ten; what is left without it
+
+
+def count(args):
+    """Prints for each network and method: operations and bytes of a step in bf16, the bound, and peak memory."""
+    print("TFLOP and GB per image: of the forward and backward pass; GB as moved by eager operations (compiled ones move less).")
+    print("bound: images/s over vanilla's, from the operations that the code runs; formula: from those that the method needs.")
+    print("GB per step: norm, clipping, AdamW, EMA. Peak memory in GiB for n images in a micro-batch, without and with --checkpointing.")
+    columns = f"{'model':9} {'tokens':>6} {'method':10} {'TFLOP':>7} {'bound':>6} {'formula':>7} {'GB/image':>8} {'GB/step':>7}"
+    print(f"{columns} {'memory':>14} {'checkpointing':>16}")
+    for model in args.models:
+        for side in (32, 64):
+            network = {"input_size": side, "in_channels": 4, "num_classes": 1000, **parse_model(model), "learn_sigma": False}
+            formula, first = macs(network), None
+            with tempfile.TemporaryDirectory() as folder:
+                args.teacher = save_teacher(Path(folder, "teacher.pt"), network, args.diffusion)
+                for name in (n for n in args.methods if n != "plain"):
+
+                    def step(batch, checkpointing):
+                        if name not in IN_RANGE:
+                            return counted(name, network, batch, args, checkpointing)
+                        some = counted(name, network, batch, args, checkpointing, ["--t-mode", "all"])
+                        return 0.3 * some + 0.7 * counted(IN_RANGE[name], network, batch, args, checkpointing)
+
+                    (a, b), (c, d) = ([step(n, again) for n in (8, 16)] for again in (False, True))
+                    flop, moved, rest = b[0] / 16, (b[1] - a[1]) / 8, b[2]
+                    first = first or flop
+                    ratios = f"{first / flop:6.3f} {formula['vanilla'] / formula[name]:7.3f}"
+                    line = f"{model:9} {side**2 // network['patch_size'] ** 2:6} {name:10} {flop / 1e12:7.3f} {ratios}"
+                    line += f" {moved / 1e9:8.2f} {rest / 1e9:7.1f}"
+                    for low, high in ((a[3], b[3]), (c[3], d[3])):
+                        line += f" {(2 * low - high) / 2**30:6.2f} + {(high - low) / 8 / 2**30:.3f} n"
+                    print(line, flush=True)
 
 
 def median(values):
@@ -280,15 +443,20 @@ def evaluation(device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--models", nargs="+", default=["DiT-B/2", "DiT-XL/2"] if cuda else ["DiT-Ti/4", "DiT-S/4"])
+    parser.add_argument("--models", nargs="+", help="default: see above")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--diffusion", choices=("flow", "gvp"), default="flow", help="of vanilla and SRA")
     parser.add_argument("--batch-size", type=int, default=128 if cuda else 16)
     parser.add_argument("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
+    parser.add_argument("--count", action="store_true", help="only: count operations, bytes and memory of a step, of S/2, B/2 and XL/2")
     parser.add_argument("--loader", type=int, metavar="WORKERS", help="only: images/s that the latent cache feeds")
     parser.add_argument("--evaluation", action="store_true", help="time fid.py instead of training")
     args = parser.parse_args()
+    sizes = ["DiT-B/2", "DiT-XL/2"] if cuda else ["DiT-Ti/4", "DiT-S/4"]
+    args.models = args.models or (["DiT-S/2", "DiT-B/2", "DiT-XL/2"] if args.count else sizes)
+    if args.count:
+        return count(args)
     if args.loader is not None:
         return loader(args.loader)
     device = torch.device("cuda" if cuda else "cpu")
@@ -301,8 +469,8 @@ def main():
     print(f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}", flush=True)
     if cuda:
         print(f"bf16 matrix product: {2 * peak / 1e12:.0f} TFLOP/s")
-    columns = f"{'model':10} {'method':10} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10} {'outside':>8}"
-    print(columns + "    MFU" * cuda)
+    columns = f"{'model':10} {'method':10} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10}"
+    print(f"{columns} {'worst':>6} {'outside':>8}" + "    MFU" * cuda)
     folder = tempfile.TemporaryDirectory()
     for model in args.models:
         shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
@@ -324,7 +492,8 @@ def main():
             rate, bound = args.batch_size / median(row.times[3:]), cost["vanilla"] / cost[row.name]
             line = f"{model:10} {row.name:10} {'on' if row.compiled else 'off':>7} {rate:9.1f} {rate / first:6.3f} {bound:6.3f}"
             line += f" {peak_gib:6.2f} GiB"
-            line += f" {100 * median(row.outside[3:]):7.1f}%" + (f" {100 * cost[row.name] * rate / peak:5.1f}%" if cuda else "")
+            line += f" {max(row.times[3:]) / median(row.times[3:]):6.2f} {100 * median(row.outside[3:]):7.1f}%"
+            line += f" {100 * cost[row.name] * rate / peak:5.1f}%" if cuda else ""
             print(line, flush=True)
         seconds = {row.name: median(row.times[3:]) for row in rows if not row.compiled}
         if {"mdt", "mdt r=0"} <= set(seconds):
