@@ -21,7 +21,7 @@ import gc
 import json
 import math
 import multiprocessing
-import resource
+import re
 import sys
 import tempfile
 import time
@@ -361,7 +361,11 @@ def matmul_rate(device):
 
 def peak_memory(*row):
     """Peak memory of three steps on their own, in GiB: of the GPU, or on a CPU what the process grew by (call it in a fresh process)."""
-    cuda, before = torch.cuda.is_available(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def resident():  # what getrusage tells would count the parent's memory
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+    cuda, before = torch.cuda.is_available(), resident()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     row = Row(*row)
@@ -369,7 +373,7 @@ def peak_memory(*row):
         row.step(k)
     if cuda:
         return torch.cuda.max_memory_allocated() / 2**30
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return (resident() - before) / 2**20
 
 
 def loader(workers, entries=50_000, batch=256, batches=100):
