@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import sys
 import zipfile
@@ -377,14 +378,40 @@ def image_grid(images, columns):
 
 
 def write_atomically(path, write):
-    """write(file) to a temporary name, flush, rename: a file that has its final name is complete."""
+    """write(file) to a temporary name, flush, rename: a file that has its final name is complete. Raises OSError, one line."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save's are RuntimeErrors, on top of the cause
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} cannot be written ({first_line(cause)})") from None
+
+
+def hold_lock(path):
+    """Locks a file for the life of this process; returns it open. The system ends the lock with the process, however that ends.
+
+    Raises ValueError, one line, if another process holds it.
+    """
+    import fcntl  # not on Windows, where the rest of this file runs
+
+    file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"{path.parent} is in use by another run ({file.read(80).strip()}): wait for it, or use another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def first_line(error):

@@ -58,8 +58,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
-from models import VAE_SCALE, Block, cache_latents, image_grid, load_checkpoint, load_vae, newest_checkpoint, on_rank_0, parse_model
-from models import to_uint8, write_atomically
+from models import VAE_SCALE, Block, cache_latents, hold_lock, image_grid, load_checkpoint, load_vae, newest_checkpoint, on_rank_0
+from models import parse_model, to_uint8, write_atomically
 
 # --- method: SD-DiT ---------------------------------------------------------------------------------------------------------------------
 
@@ -262,6 +262,19 @@ def fail(message, every_rank=False):
     sys.exit(2)
 
 
+def explain(kind, error, trace):
+    """sys.excepthook: what befell the machine is told in one line, what is wrong with the program as a traceback."""
+    text = (str(error).splitlines() or ["interrupted"])[0]
+    if issubclass(kind, torch.OutOfMemoryError):
+        text += " (use a smaller --micro-batch, or --checkpointing)"
+    elif issubclass(kind, dist.DistError) or "gloo/transport" in text:
+        text = text.partition(". ")[0] + " (another process was lost: the same command goes on from the newest checkpoint)"
+    elif not issubclass(kind, (OSError, KeyboardInterrupt)):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"\n{Path(sys.argv[0]).name}: error: {text}", file=sys.__stderr__, flush=True)  # torch.distributed redirects sys.stderr here
+    os._exit(1)  # at once: threads that wait for other processes would not end
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, add, switch = fail, parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
@@ -291,6 +304,7 @@ def parse_args(argv=None):
     add("--log-every", type=int, default=50)
     add("--sample-every", type=int, default=10_000, help="steps between sample grids; 0: only at the end")
     add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: only at the end")
+    add("--keep", type=int, default=0, help="how many checkpoints to keep, the newest; 0: all")
     method_arguments(parser)
     parser.set_defaults(vae_hash=None, **DEFAULTS)
     args = parser.parse_args(argv)
@@ -395,6 +409,14 @@ def read_order(length, args, rank, world, start):
             yield list(zip(order[chosen].tolist(), (flips[chosen] & args.flip).tolist()))
 
 
+def logged_step(line):
+    """The step of a line of log.jsonl; 0 for a start record, infinity for a damaged line."""
+    try:
+        return json.loads(line).get("step", 0) + 0
+    except (ValueError, AttributeError, TypeError):
+        return math.inf
+
+
 def outlive_signals(worker):
     """Loader processes go on for a minute after a signal to all processes, so that the training process can finish its step and save."""
     os.setpgrp()
@@ -407,6 +429,7 @@ def main(method_cls, args):
 
     Every trainable parameter must get a gradient in every step (DDP). State below `frozen` is not saved.
     """
+    sys.excepthook = explain
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     cuda, out = device.type == "cuda", Path(args.out)
@@ -443,7 +466,9 @@ def main(method_cls, args):
     if world > 1:
         if cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        attempt, (store, *_) = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(iter(dist.rendezvous("env://")))
+        store = dist.PrefixStore(attempt, store)  # torchrun keeps it when it restarts: addresses of dead processes must not be found
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
 
     def stored_state():  # all but a frozen teacher, which its own checkpoint holds
@@ -451,8 +476,10 @@ def main(method_cls, args):
 
     def find_start():
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        locks.append(hold_lock(out / "lock"))
         return newest_checkpoint(out / "checkpoints")
 
+    locks = []
     try:
         path = on_rank_0(find_start)
         saved = load_checkpoint(path, checked=True) if path else None
@@ -460,7 +487,7 @@ def main(method_cls, args):
         fail(error)
     step, rows = 0, []
     if saved:
-        compared = {k: v for k, v in description.items() if k not in ("out", "workers", "checkpointing")}
+        compared = {k: v for k, v in description.items() if k not in ("out", "workers", "checkpointing", "keep")}
         was = {k: saved["args"].get(k) for k, v in compared.items() if saved["args"].get(k) != v}
         named = {"classes": "other classes", "vae_hash": "another VAE"}
         changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", *named)]
@@ -497,7 +524,11 @@ def main(method_cls, args):
         own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
         content = {"model": method.model.state_dict(), "ema": method.ema.state_dict(), "method": own, "optimizer": optimizer.state_dict()}
         content |= {"step": step, "args": description, "log": torch.tensor(rows, dtype=torch.float64)}
-        write_atomically(out / "checkpoints" / f"{step:07d}.pt", lambda file: torch.save(content, file))
+        path = out / "checkpoints" / f"{step:07d}.pt"
+        write_atomically(path, lambda file: torch.save(content, file))
+        older = sorted(p for p in path.parent.glob("*.pt") if p.name < path.name)  # the new one is whole: the others may go
+        for p in older[: max(0, len(older) - args.keep + 1)] if args.keep else ():
+            p.unlink()
 
     def draw_samples(lines=4):  # one column a class, at most ten
         labels = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist() * lines
@@ -506,9 +537,15 @@ def main(method_cls, args):
         grid = image_grid(to_uint8(vae.decode(images.float() / VAE_SCALE) if vae else images), len(labels) // lines)
         write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
 
-    stop = []  # filled by SIGTERM, which schedulers may repeat, and by Ctrl-C, whose second one ends the process at once
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(1), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    stop = []  # times of signals. The first ends the run after this step; one that comes 2 s later, at once: torchrun repeats the first
+
+    def on_signal(number, _):
+        if stop and time.monotonic() > stop[0] + 2:
+            os._exit(128 + number)
+        stop.append(time.monotonic())
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
     order = read_order(len(data), args, rank, world, step)
     options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": outlive_signals}
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
@@ -517,7 +554,7 @@ def main(method_cls, args):
         hardware = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
         start = {"start": step, "command": sys.argv, "torch": torch.__version__, "processes": world, "hardware": hardware, **description}
         lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").exists() else []
-        lines = [line for line in lines if json.loads(line).get("step", 0) <= step]  # a killed run may have logged further
+        lines = [line for line in lines if logged_step(line) <= step]  # a killed run may have logged further
         text = "".join(f"{line}\n" for line in [*lines, json.dumps(start)])
         write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
         bar.write(f"batch {args.batch_size} = {world} processes x {accumulate} micro-batches x {args.micro_batch}; {len(data)} images; "
