@@ -265,8 +265,11 @@ class Traffic(TorchDispatchMode):
         outputs = [v for v in tree_leaves(result) if isinstance(v, torch.Tensor)]
         for v in outputs:
             self.hold(v.untyped_storage())
-        if outputs and not operation.is_view:
+        if operation.namespace == "aten" and not operation.is_view:
             inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+            if not outputs:  # of operations on lists: what they write
+                changed = [a for a, about in zip(args, operation._schema.arguments) if about.alias_info and about.alias_info.is_write]
+                outputs = [v for v in tree_leaves(changed) if isinstance(v, torch.Tensor)]
             self.bytes += sum(v.numel() * v.element_size() for v in inputs + outputs)
         return result
 

@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from conftest import ROOT
 from test_training import TINY, assert_same, checkpoint, free_port, log_lines, run, terminate_after
 
+import sample
+
 SMALL_HEAD = ["--prototypes", "64", "--head-width", "32", "--freeze-steps", "2", "--temperature-steps", "6"]
 MODES = {  # one line a mode that changes which parameters are used, or how
     "mdt": ("train_mdt", []),
@@ -76,15 +78,30 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, mode, flags_of):
     assert all(np.isfinite(v) for line in log_lines(tmp_path / "a") for v in line.values())
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_two_processes_then_sampling(tmp_path, mode, flags_of):
+def assert_ranks_agree(out):
+    """Weights, EMA and all other state that a checkpoint holds are the same in both processes (see as_ranks.py)."""
+    states = [torch.load(out / "ranks" / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert len(states[0]) > 100
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("mode", ["sra", *MODES])
+def test_two_processes_agree_then_sampling(tmp_path, mode, flags_of):
     """DDP stops in the second step if a trainable parameter got no gradient in the first."""
-    name, flags = flags_of(mode)
-    run(ROOT / f"{name}.py", *TINY, "--steps", 4, *flags, "--out", tmp_path / "run", processes=2)
+    name, flags = flags_of(mode) if mode in MODES else ("train_sra", [])
+    run(ROOT / "tests" / "as_ranks.py", "none", f"{name}.py", *TINY, "--steps", 4, *flags, "--out", tmp_path / "run", processes=2)
     assert (tmp_path / "run" / "samples" / "0000004.png").exists()
-    run(ROOT / "sample.py", "--ckpt", tmp_path / "run", "--num", 3, "--steps", 2, "--guidance", 1.5, "--out", tmp_path / "samples")
+    assert_ranks_agree(tmp_path / "run")
+    flags = ["--ckpt", tmp_path / "run", "--num", 3, "--steps", 2, "--guidance", 1.5, "--out", tmp_path / "samples"]
+    sample.main(sample.parse_args(list(map(str, flags))))
     with np.load(tmp_path / "samples" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 16, 16, 3)
+
+
+def test_ranks_that_drift_apart_are_noticed(tmp_path):
+    run(ROOT / "tests" / "as_ranks.py", "apart", "train_sra.py", *TINY, "--steps", 4, "--out", tmp_path, processes=2)
+    with pytest.raises(AssertionError, match="model"):
+        assert_ranks_agree(tmp_path)
 
 
 def test_unmasked_tuning_starts_from_weights_and_ema(tmp_path):

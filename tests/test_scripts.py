@@ -8,11 +8,11 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
-LINE_BUDGET = 540  # docstring included
+LINE_BUDGET = 580  # docstring included
 LONGER = {
-    "train_discriminative.py": 605,  # no public code: every uncertain choice is a flag, and its source is named
-    "train_selftranscendence.py": 605,  # two stages in one script
-    "train_diversedit.py": 580,  # with SRA's loss as an option
+    "train_discriminative.py": 645,  # no public code: every uncertain choice is a flag, and its source is named
+    "train_selftranscendence.py": 645,  # two stages in one script
+    "train_diversedit.py": 620,  # with SRA's loss as an option
 }
 LARGEST_DIFFERENCE = 420  # lines that two scripts may differ by, docstrings and methods included
 
