@@ -432,7 +432,7 @@ class ImageSet:
             self.images = ImageFolder(path)
         elif path.suffix != ".npz":
             fail(f"{path} is neither a folder nor an .npz")
-        elif not zipfile.is_zipfile(path):
+        elif not zipfile.is_zipfile(path) or path.open("rb").read(2) != b"PK":
             fail(f"{path} is not an .npz archive: truncated, or of another format")
         else:
             self.open_archive()

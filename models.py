@@ -400,6 +400,9 @@ def load_tensors(path, mmap=True):
                 raise ValueError("an archive that claims to be larger than its file")
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 raise ValueError("a TorchScript program, not tensors")
+    elif mmap:
+        open(path, "rb").close()  # is it there at all?
+        raise ValueError("no archive as torch.save writes them: cut short, or something else")
     try:
         mmap = mmap and str(path).isprintable()  # torch maps no file whose name is not UTF-8
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -435,6 +438,8 @@ def load_checkpoint(path, checked=False):
         raise ValueError(f"{path} is not a checkpoint of the training scripts (those of official code: sample.py --official)")
     try:
         whole = {"script", "model", "diffusion", "classes"} <= set(content["args"]) and type(content["step"]) is int
+        whole &= {"state", "param_groups"} <= set(content["optimizer"])
+        whole &= all(isinstance(value, torch.Tensor) for value in content["method"].values())
         whole &= all(fits(content[part], content["args"]["network"], os.path.getsize(path)) for part in ("model", "ema"))
     except Exception as error:
         raise ValueError(f"{path} does not describe its own network ({first_line(error)})") from None
@@ -514,7 +519,7 @@ def load_official(path, source, num_heads, weights="ema"):
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if isinstance(state, dict) and {"method", "log"} <= set(state):
-        raise ValueError(f"{path} is a checkpoint of the training scripts, not of official code")
+        raise ValueError(f"{path} is a checkpoint of the training scripts, not of official code (sample.py: leave out --official)")
     notes = []
     if isinstance(state, dict) and ("ema" in state or "model" in state):
         if weights not in state:

@@ -256,8 +256,8 @@ def open_output(args, protocol, size):
             raise ValueError(f"{args.out} holds {others[0]} but no protocol.json that says of which run: choose another --out")
         room = shutil.disk_usage(next(path for path in args.out.absolute().parents if path.exists())).free
         if 2 * args.num * size > room:  # in parts, and put together
-            need = f"--num {args.num} needs {2 * args.num * size / 1e9:.1f} GB"
-            raise ValueError(f"{need}, and {args.out} has room for {room / 1e9:.1f} GB: choose another --out")
+            need = f"--num {args.num} needs {2 * args.num * size / 1e9:.2g} GB"
+            raise ValueError(f"{need}, and {args.out} has room for {room / 1e9:.2g} GB: choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(description, lambda file: file.write(text))
     (args.out / "parts").mkdir(exist_ok=True)

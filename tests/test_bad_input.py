@@ -87,6 +87,7 @@ def things(tmp_path_factory):
         make_folder(here / name, size=16)
     call("train_sra", ["--out", str(here / "sra")])
     call("train_selftranscendence", ["--out", str(here / "stage1")])
+    call("train_discriminative", ["--prototypes", "32", "--head-width", "8", "--out", str(here / "prototypes")])
     torch.manual_seed(0)
     vae = AutoencoderKL(channels=(32, 32, 32, 32), layers=1).state_dict()
     torch.save(vae, here / "vae.bin")
@@ -221,13 +222,18 @@ CASES = {  # script and flags ({t}: the folder of things, {o}: --out where none 
     ),
     "latents in no folder": (f"train_sra {LATENT} --latents {{t}}/nowhere/x", "{t}/nowhere"),
     # output of the training scripts
-    "output is a file": ("train_sra --out {t}/file", "{t}/file"),
+    "output is a file": ("train_sra --out {t}/file", "cannot use {t}/file/checkpoints (Not a directory): choose another place"),
     "output below a file": ("train_mdt --out {t}/file/run", "{t}/file/run"),
-    "output in /proc": ("train_discriminative --out /proc/run", "/proc/run"),
+    "output in /proc": ("train_discriminative --out /proc/run", "cannot use /proc/run (No such file or directory): choose another place"),
     "output linked to itself": ("train_sra --out {t}/loop", "{t}/loop"),
     "output of another script": ("train_mdt --diffusion flow --out {t}/sra", "use the flags it was made with, or another --out"),
     "output of another model": ("train_sra --model DiT-S/8 --out {t}/sra", "--model DiT-S/8 (it has DiT-Ti/8)"),
     "output of a longer run": ("train_sra --steps 1 --out {t}/sra", "is beyond --steps 1: ask for more, or give this run another --out"),
+    "output of other prototypes": (
+        "train_discriminative --prototypes 16 --head-width 8 --out {t}/prototypes",
+        "does not fit --prototypes 16 (it has 32): use the flags it was made with, or another --out",
+    ),
+    "output of another head": ("train_selftranscendence --head-width 64 --out {t}/stage1", "does not fit --head-width 64 (it has None)"),
     "log of something else": ("train_sra --out {t}/logged", "{t}/logged/log.jsonl"),
     # sample.py
     "sample: nothing": ("sample --num 2", "the following arguments are required: --ckpt"),
@@ -236,10 +242,13 @@ CASES = {  # script and flags ({t}: the folder of things, {o}: --out where none 
     "sample: link to itself": ("sample --ckpt {t}/loop", "--ckpt {t}/loop: no such file or folder"),
     "sample: device": ("sample --ckpt /dev/zero", "--ckpt /dev/zero: no such file or folder"),
     "sample: empty folder": ("sample --ckpt {t}/folder", "no checkpoints/*.pt in this folder"),
-    "sample: empty file": ("sample --ckpt {t}/void", "{t}/void cannot be read"),
+    "sample: empty file": (
+        "sample --ckpt {t}/void",
+        "{t}/void cannot be read (no archive as torch.save writes them: cut short, or something else)",
+    ),
     "sample: text": ("sample --ckpt {t}/file", "{t}/file cannot be read"),
-    "sample: half a checkpoint": ("sample --ckpt {t}/cut.pt", "{t}/cut.pt cannot be read"),
-    "sample: end of a checkpoint": ("sample --ckpt {t}/tail.pt", "{t}/tail.pt cannot be read"),
+    "sample: half a checkpoint": ("sample --ckpt {t}/cut.pt", "{t}/cut.pt cannot be read (no archive as torch.save writes them: cut short"),
+    "sample: end of a checkpoint": ("sample --ckpt {t}/tail.pt", "{t}/tail.pt cannot be read (Bad offset"),
     "sample: VAE for checkpoint": ("sample --ckpt {t}/vae.bin", "is not a checkpoint of the training scripts"),
     "sample: program": ("sample --ckpt {t}/features.pt", "{t}/features.pt cannot be read"),
     "sample: program as official": (f"sample --ckpt {{t}}/features.pt {OFFICIAL}", "{t}/features.pt cannot be read"),
@@ -251,7 +260,7 @@ CASES = {  # script and flags ({t}: the folder of things, {o}: --out where none 
     "sample: official, other process": (f"sample --ckpt {{t}}/dit.pt {OFFICIAL} --diffusion flow", "does not fit --diffusion flow"),
     "sample: ours, called official": (
         f"sample --ckpt {{t}}/sra/checkpoints/0000002.pt {OFFICIAL}",
-        "is a checkpoint of the training scripts, not of official code",
+        "not of official code (sample.py: leave out --official)",
     ),
     "sample: label outside the classes": ("sample --ckpt {t}/sra --classes 3 10", "--classes 3 10: the model knows classes 0 to 9"),
     "sample: negative label": ("sample --ckpt {t}/sra --classes -1", "the model knows classes 0 to 9"),
@@ -264,8 +273,8 @@ CASES = {  # script and flags ({t}: the folder of things, {o}: --out where none 
     "sample: VAE for pixels": ("sample --ckpt {t}/sra --vae {t}/vae.bin", "generates pixels: leave out --vae"),
     "sample: VAE is text": ("sample --ckpt {t}/latent_run --vae {t}/file", "{t}/file cannot be read"),
     "sample: pictures of latents": ("sample --ckpt {t}/latent_run --latents --png", "leave out --png"),
-    "sample: output is a file": ("sample --ckpt {t}/sra --out {t}/file", "{t}/file"),
-    "sample: output in /proc": ("sample --ckpt {t}/sra --out /proc/samples", "/proc/samples"),
+    "sample: output is a file": ("sample --ckpt {t}/sra --out {t}/file", "cannot use {t}/file (File exists): choose another place"),
+    "sample: output in /proc": ("sample --ckpt {t}/sra --out /proc/samples", "/proc/samples has room for 0 GB: choose another --out"),
     "sample: output of another run": (
         "sample --ckpt {t}/sra --num 3 --out {t}/samples",
         "holds samples of another run (see its protocol.json): choose another --out",
@@ -286,7 +295,7 @@ CASES = {  # script and flags ({t}: the folder of things, {o}: --out where none 
     "fid: link to itself": ("fid {t}/loop {t}/images.npz", "{t}/loop does not exist"),
     "fid: checkpoint": ("fid {t}/other.pt {t}/images.npz", "is neither a folder nor an .npz"),
     "fid: half an archive": ("fid {t}/cut.npz {t}/images.npz", "{t}/cut.npz is not an .npz archive"),
-    "fid: end of an archive": ("fid {t}/tail.npz {t}/images.npz", "cannot read {t}/tail.npz"),
+    "fid: end of an archive": ("fid {t}/tail.npz {t}/images.npz", "{t}/tail.npz is not an .npz archive: truncated"),
     "fid: floats": ("fid {t}/float.npz {t}/images.npz", "a C-ordered uint8 array (N, H, W, 3) is needed"),
     "fid: other arrays": ("fid {t}/other.npz {t}/images.npz", "holds neither images (arr_0) nor statistics (mu, sigma), but samples"),
     "fid: other dimension": ("fid {t}/images.npz {t}/unlike.npz", "feature dimension mismatch"),
@@ -311,6 +320,8 @@ PENDING = (
     "name of two lines",
     "name too long",
     "empty name",
+    "output of other prototypes",
+    "output of another head",
     "log of something else",
 )
 PENDING_STDOUT = ("train_sra",)
