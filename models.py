@@ -388,6 +388,28 @@ def write_atomically(path, write):
     os.replace(temporary, path)
 
 
+def open_image(path):
+    """A Pillow image whose pixels are still to be read, of a format that Pillow reads itself, whatever the suffix says.
+
+    Raises ValueError or Pillow's errors, one line, for others, and for what would be clipped to 8 bits or is much longer than wide.
+    """
+    image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP"))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+    if max(image.size) > 100 * min(image.size):  # scaled to its short side, it would fill the memory
+        raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
+    return image
+
+
+def check_log(path):
+    """Raises ValueError, one line, if there is a file that is not lines of JSON objects; what follows the last line does not count."""
+    try:
+        for line in path.read_text().split("\n")[:-1] if path.exists() else ():
+            json.loads(line).get("step")
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is not the log of a run: move it away, or choose another folder") from None
+
+
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0][:100]
 
@@ -410,6 +432,10 @@ def load_tensors(path, mmap=True):
         raise ValueError("no file of tensors and plain values alone") from None
 
 
+def shapes(state):
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def fits(state, config, size):
     """Whether a state dict is that of the network which `config` describes, found without building it, and no larger than its file."""
     if max(config["depth"], *config.get("decoder", (0,))[:1]) > len(state) or any(type(v) is int and v < 1 for v in config.values()):
@@ -418,7 +444,7 @@ def fits(state, config, size):
         return False
     with torch.device("meta"):
         expected = build_model(config).state_dict()
-    return {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in expected.items()}
+    return shapes(state) == shapes(expected)
 
 
 def load_checkpoint(path, checked=False):
@@ -437,10 +463,10 @@ def load_checkpoint(path, checked=False):
     if not isinstance(content, dict) or not {"model", "ema", "method", "optimizer", "step", "args", "log"} <= set(content):
         raise ValueError(f"{path} is not a checkpoint of the training scripts (those of official code: sample.py --official)")
     try:
-        whole = {"script", "model", "diffusion", "classes"} <= set(content["args"]) and type(content["step"]) is int
-        whole &= {"state", "param_groups"} <= set(content["optimizer"])
+        whole = type(content["step"]) is int and "diffusion" in content["args"] and type(content["optimizer"]) is dict
         whole &= all(isinstance(value, torch.Tensor) for value in content["method"].values())
-        whole &= all(fits(content[part], content["args"]["network"], os.path.getsize(path)) for part in ("model", "ema"))
+        parts = [content["model"], content["ema"] or content["model"]]
+        whole &= all(fits(part, content["args"]["network"], os.path.getsize(path)) for part in parts)
     except Exception as error:
         raise ValueError(f"{path} does not describe its own network ({first_line(error)})") from None
     if not whole:

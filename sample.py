@@ -143,6 +143,8 @@ def load_network(args, path):
         raise ValueError("--model and --diffusion are for official checkpoints (--official); ours say themselves what they are")
     saved = load_checkpoint(path)
     trained = saved["args"]
+    if not saved[args.weights] or not {"script", "model", "diffusion", "classes"} <= set(trained):
+        raise ValueError(f"{path} is no whole checkpoint: it lacks {args.weights!r} weights, or what they were trained on")
     net = build_model(trained["network"])
     net.load_state_dict(saved[args.weights])
     about = {"script": trained["script"], "model": trained["model"], "diffusion": trained["diffusion"], "step": saved["step"]}

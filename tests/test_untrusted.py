@@ -328,7 +328,7 @@ DAMAGES = {
     "weights are numbers": lambda c: c["model"].update({"pos_embed": 3}),
     "names are numbers": lambda c: c["ema"].update({3: torch.zeros(1)}),
     "another shape": lambda c: c["ema"].update({"pos_embed": torch.zeros(3)}),
-    "no optimizer": lambda c: c.update(optimizer={}),
+    "optimizer is text": lambda c: c.update(optimizer="AdamW"),
     "head of numbers": lambda c: c["method"].update({"head.0.weight": 3}),
     "missing weights": lambda c: c["model"].pop("pos_embed"),
     "expanded weights": lambda c: [c[p].update({k: torch.zeros(1).expand(v.shape) for k, v in c[p].items()}) for p in ("model", "ema")],
@@ -344,7 +344,7 @@ def test_checkpoints_of_other_contents(good, tmp_path, capfd, case):
     (tmp_path / "checkpoints").mkdir()
     torch.save(saved, newest(tmp_path))
     assert len(refused(capfd, "sample", ["--ckpt", newest(tmp_path), "--out", tmp_path / "out"], f"{newest(tmp_path)} ")) == 1
-    refused(capfd, "train_sra", ["--out", tmp_path], "no checkpoint in")
+    refused(capfd, "train_sra", ["--out", tmp_path], "error: " if case == "no script" else "no checkpoint in")
 
 
 OFFICIAL = {  # changed tensors of a file of official code
