@@ -8,10 +8,11 @@
 SAMPLES and REFERENCE are each a folder of images (searched recursively), an .npz of images (`arr_0`, uint8, N x H x W x 3, as the ADM
 evaluator reads), or an .npz of statistics (`mu`, `sigma`; for sFID `mu_s`, `sigma_s`). If an .npz has both, the distances take the
 statistics and precision and recall the images, as ADM does with its own reference files. One JSON object goes to stdout; what could not be
-computed is null there, with one line on stderr that says why.
+computed is null there, with one line on stderr that says why. Of all files only that of `--features` is a program: run what you trust.
 
 Protocol, and where each choice comes from (ADM: openai/guided-diffusion at 1b61a43, evaluations/evaluator.py):
 1. Images are uint8 RGB, all of one size within a set; the order is the array's, or that of the sorted paths. --num limits SAMPLES only.
+   Files become RGB by Pillow's convert("RGB"): alpha is left out, not blended, and EXIF's orientation does not count.
 2. Resize to 299 x 299 bilinearly on TensorFlow 1's grid, source index = output index * in / out, on 0..255; then (x - 128) / 128. This is
    what the TF graph of ADM and torch-fidelity do. `--resize pytorch-fid` is pytorch-fid's: images / 255, half-pixel bilinear without
    antialiasing, then 2x - 1. The two numbers are not comparable.
@@ -55,6 +56,9 @@ from tqdm import tqdm
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # first digits, as in the file name
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever the suffix: Pillow hands other formats to other programs
+MAX_PIXELS = 2**24  # of an image, 4096 x 4096: a small file may claim, and inflate to, any size
+MAX_STATISTICS = 2**30  # bytes of an array of statistics: a covariance of 11,585 dimensions
 METRICS = {"fid": ["fid"], "sfid": ["sfid"], "is": ["inception_score"], "pr": ["precision", "recall"]}  # flag: results
 NEIGHBOURS = 3
 OTHER_SPACE = {  # names of the results when the features are not those of the Inception of 2015-12-05
@@ -293,6 +297,8 @@ def load_inception(path, resize):
             raise ValueError(f"cannot download {INCEPTION_URL} ({error}): fetch it elsewhere and pass --inception FILE") from error
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]  # where it was stored, now or before
     try:
+        if zipfile.is_zipfile(file) and sum(e.file_size for e in zipfile.ZipFile(file).infolist()) > os.path.getsize(file):
+            raise ValueError("an archive that claims to be larger than its file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of TorchScript files, on two lines, before it refuses them
             weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -325,18 +331,23 @@ def load_features(path, device):
 # Sets of images
 
 
+def check_pixels(what, width, height):
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{what} has {width} x {height} pixels: scale images to at most {MAX_PIXELS}")
+
+
 def load_image(path, size):
     """RGB uint8 (H, W, 3). ValueError, naming the file, if it cannot be read, has more than 8 bits, or is not of `size` (width, height)."""
     try:
-        with Image.open(path) as image:
-            mode = image.mode
-            rgb = image.convert("RGB")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            mode, found = image.mode, image.size
+            rgb = image.convert("RGB") if found == size else None
     except Exception as error:
         raise ValueError(f"cannot read image {path} ({error or type(error).__name__})") from error
     if mode.startswith(("I", "F")):  # Pillow would clip these at 255 instead of scaling them
         raise ValueError(f"image {path} is not 8-bit (Pillow mode {mode})")
-    if rgb.size != size:
-        raise ValueError(f"images of one set must have one size: {path} is {rgb.width}x{rgb.height}, the first one {size[0]}x{size[1]}")
+    if found != size:
+        raise ValueError(f"images of one set must have one size: {path} is {found[0]}x{found[1]}, the first one {size[0]}x{size[1]}")
     return np.asarray(rgb)
 
 
@@ -351,8 +362,9 @@ class ImageFolder:
         if not self.paths:
             fail(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {path}")
         try:
-            with Image.open(self.paths[0]) as first:
+            with Image.open(self.paths[0], formats=IMAGE_FORMATS) as first:
                 self.size = first.size  # (width, height)
+            check_pixels("it", *self.size)
         except Exception as error:
             fail(f"cannot read image {self.paths[0]} ({error})")
 
@@ -372,6 +384,7 @@ class ImageArchive:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
             try:
                 self.shape = self.read_header(stream)
+                check_pixels(f"each image of {path}", self.shape[2], self.shape[1])
             except ValueError as error:
                 fail(error)
             held = archive.getinfo("arr_0.npy").file_size - stream.tell()
@@ -413,13 +426,13 @@ class ImageSet:
 
     def __init__(self, path):
         self.path, self.images, self.stats, self.num, self.features, self.size = path, None, None, None, None, None
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             fail(f"{path} does not exist")
         if path.is_dir():
             self.images = ImageFolder(path)
         elif path.suffix != ".npz":
             fail(f"{path} is neither a folder nor an .npz")
-        elif not zipfile.is_zipfile(path):
+        elif not zipfile.is_zipfile(path) or path.open("rb").read(2) != b"PK":
             fail(f"{path} is not an .npz archive: truncated, or of another format")
         else:
             self.open_archive()
@@ -435,6 +448,9 @@ class ImageSet:
                     self.images = ImageArchive(path)
                 if {"mu", "sigma"} <= set(arrays.files):
                     keys = ("mu", "sigma", "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= set(arrays.files) else ("mu", "sigma")
+                    for entry in arrays.zip.infolist():
+                        if entry.filename != "arr_0.npy" and entry.file_size > MAX_STATISTICS:
+                            raise ValueError(f"{entry.filename} claims {entry.file_size} bytes, statistics have at most {MAX_STATISTICS}")
                     self.stats = {key: np.asarray(arrays[key], dtype=np.float64) for key in keys}
                     self.num = int(arrays["num"]) if "num" in arrays.files else None
                     self.features = json.loads(str(arrays["features"])) if "features" in arrays.files else None
@@ -686,8 +702,10 @@ def parse_args(argv):
         fail("--save-stats computes no metrics: leave out --metrics")
     if args.save_stats and (args.save_stats.suffix != ".npz" or not args.save_stats.absolute().parent.is_dir()):
         fail(f"--save-stats {args.save_stats}: the name must end in .npz and its folder must exist")
+    if args.save_stats and os.path.lexists(args.save_stats):
+        fail(f"--save-stats {args.save_stats} is there already: choose another name, or delete it")
     for path in (args.features, args.inception, args.self_test):
-        if path and not path.is_file():
+        if path and not os.path.isfile(path):
             fail(f"{path} is not a file")
     return args
 
@@ -762,6 +780,7 @@ def compute(todo, stats, kept, device):
 
 def main(argv=None):
     args = parse_args(argv)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels and load_image refuse what it warns of
     device = find_device(args.device)
     versions = {"device": device.type, "torch": torch.__version__}
     if args.self_test:
@@ -813,9 +832,11 @@ def main(argv=None):
     if rank > 0:
         return
     if args.save_stats:
+        temporary = args.save_stats.with_name(f".{args.save_stats.name}.tmp")
         try:
-            with open(args.save_stats, "wb") as file:
+            with open(temporary, "wb") as file:
                 np.savez(file, **stats[0], num=samples.num, size=samples.size, features=json.dumps(features))
+            os.replace(temporary, args.save_stats)
         except OSError as error:
             fail(f"cannot write {args.save_stats} ({error})")
         protocol = {"statistics": str(args.save_stats), "samples": str(args.samples), "num_samples": samples.num}

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -414,8 +415,65 @@ def hold_lock(path):
     return file
 
 
+def open_image(path):
+    """A Pillow image whose pixels are still to be read, of a format that Pillow reads itself, whatever the suffix says.
+
+    Raises ValueError or Pillow's errors, one line, for others, and for what would be clipped to 8 bits or is much longer than wide.
+    """
+    image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP"))
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+    if max(image.size) > 100 * min(image.size):  # scaled to its short side, it would fill the memory
+        raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
+    return image
+
+
+def check_log(path):
+    """Raises ValueError, one line, if there is a file that does not begin as the log of a run does."""
+    try:
+        with open(path) as file:
+            json.loads(file.readline())["start"]
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path} is not the log of a run: move it away, or choose another folder") from None
+
+
 def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
+def load_tensors(path, mmap=True):
+    """Tensors and plain values that torch.save has written, on the CPU. Runs no code of the file, and refuses archives that inflate."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("an archive that claims to be larger than its file")
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError("a TorchScript program, not tensors")
+    elif mmap:
+        open(path, "rb").close()  # is it there at all?
+        raise ValueError("no archive as torch.save writes them: cut short, or something else")
+    try:
+        mmap = mmap and str(path).isprintable()  # torch maps no file whose name is not UTF-8
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:
+        raise ValueError("no file of tensors and plain values alone") from None
+
+
+def shapes(state):
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def fits(state, config, size):
+    """Whether a state dict is that of the network which `config` describes, found without building it, and no larger than its file."""
+    if max(config["depth"], *config.get("decoder", (0,))[:1]) > len(state) or any(type(v) is int and v < 1 for v in config.values()):
+        return False
+    if sum(tensor.nbytes for tensor in state.values()) > size:
+        return False
+    with torch.device("meta"):
+        expected = build_model(config).state_dict()
+    return shapes(state) == shapes(expected)
 
 
 def load_checkpoint(path, checked=False):
@@ -425,14 +483,23 @@ def load_checkpoint(path, checked=False):
     from the file as they are used; their checksums are verified first, unless `checked` says that this has been done.
     """
     try:
+        content = load_tensors(path)
         damaged = None if checked else zipfile.ZipFile(path).testzip()
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read ({first_line(error)})") from None
     if damaged:
         raise ValueError(f"{path} cannot be read (wrong checksum in {damaged})")
     if not isinstance(content, dict) or not {"model", "ema", "method", "optimizer", "step", "args", "log"} <= set(content):
-        raise ValueError(f"{path} is not a checkpoint of the training scripts")
+        raise ValueError(f"{path} is not a checkpoint of the training scripts (those of official code: sample.py --official)")
+    try:
+        whole = type(content["step"]) is int and "diffusion" in content["args"] and type(content["optimizer"]) is dict
+        whole &= all(isinstance(value, torch.Tensor) for value in content["method"].values())
+        parts = [content["model"], content["ema"] or content["model"]]
+        whole &= all(fits(part, content["args"]["network"], os.path.getsize(path)) for part in parts)
+    except Exception as error:
+        raise ValueError(f"{path} does not describe its own network ({first_line(error)})") from None
+    if not whole:
+        raise ValueError(f"{path} holds other weights than those of the network that it describes")
     return content
 
 
@@ -447,7 +514,7 @@ def newest_checkpoint(folder):
             load_checkpoint(path)
             return path
         except ValueError as error:
-            print(f"{error}: taking the one before", file=sys.stderr, flush=True)
+            print(f"{error}" + ": taking the one before" * (path != paths[-1]), file=sys.stderr, flush=True)
     if paths:
         raise ValueError(f"no checkpoint in {folder} is readable: move them away to start over")
     return None
@@ -459,8 +526,10 @@ def on_rank_0(work):
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = [work(), None]
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             result = [None, str(error)]
+        except OSError as error:
+            result = [None, f"cannot use {error.filename} ({error.strerror}): choose another place" if error.filename else str(error)]
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     if result[1]:
@@ -501,30 +570,38 @@ def load_official(path, source, num_heads, weights="ema"):
         raise ValueError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of these repositories hold their flags as one
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path, mmap=False)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if isinstance(state, dict) and {"method", "log"} <= set(state):
-        raise ValueError(f"{path} is a checkpoint of the training scripts, not of official code")
+        raise ValueError(f"{path} is a checkpoint of the training scripts, not of official code (sample.py: leave out --official)")
     notes = []
     if isinstance(state, dict) and ("ema" in state or "model" in state):
         if weights not in state:
             raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, state))}")
         state = state[weights]
         notes.append(f"took the {weights!r} weights of a training checkpoint")
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
         raise ValueError(f"{path} holds no state dict")
+    if sum(t.nbytes for t in state.values()) > os.path.getsize(path):
+        raise ValueError(f"{path} is smaller than its tensors claim to be")
     state = {name.removeprefix("module.").removeprefix("model."): tensor for name, tensor in state.items()}
     heads = [name for name in state if name.startswith(TRAINING_HEADS)]
     for name in heads:
         del state[name]
     if heads:
         notes.append(f"left out {len(heads)} tensors of training-only heads ({', '.join(sorted({n.split('.')[0] for n in heads}))})")
-    layers = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "final_layer.linear.bias")
-    layers += ("pos_embed", "t_embedder.mlp.0.weight", *(("mask_token",) if source == "maskdit" else ()))
+    layers = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2}  # name: dimensions
+    layers |= {"final_layer.linear.bias": 1, "pos_embed": 3, "t_embedder.mlp.0.weight": 2}
+    layers |= {"mask_token": 3} if source == "maskdit" else {}
     missing = [name for name in layers if name not in state]
     if missing:
         raise ValueError(f"{path} is not a DiT or SiT checkpoint: missing {', '.join(missing)}")
+    unlike = [name for name, ndim in layers.items() if state[name].ndim != ndim or not state[name].numel()]
+    unlike += ["t_embedder.mlp.0.weight"] * (state["t_embedder.mlp.0.weight"].shape[-1:] != (256,))
+    unlike += ["final_layer.linear.bias"] * (state["final_layer.linear.bias"].shape != state["final_layer.linear.weight"].shape[:1])
+    if unlike:
+        raise ValueError(f"{path} is not a DiT or SiT checkpoint: another shape of {', '.join(unlike)}")
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     learn_sigma = len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2
     if learn_sigma and source != "dit":
@@ -538,31 +615,32 @@ def load_official(path, source, num_heads, weights="ema"):
         notes.append("reversed time: t -> 1 - t, v -> -v")
     if "skip_norms.0.weight" in state:
         notes.append("long residuals: after the block, as in DiverseDiT's released code")
-    masked = {}
+    config = {}
     if source == "maskdit":
         rows = state["y_embedder.embedding_table.weight"].T  # a linear layer of one-hot labels: (hidden, classes)
         state["y_embedder.embedding_table.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
         notes.append("null label: the official all-zero label became a zero row of the label table")
-        masked["decoder"] = (len({n.split(".")[1] for n in state if n.startswith("decoder_blocks.")}), state["mask_token"].shape[2], 16)
-    model = (MaskedDiT if masked else DiT)(
-        **masked,
-        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-        patch_size=patch_size,
-        in_channels=in_channels,
-        hidden_size=hidden_size,
-        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_heads=num_heads,
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=learn_sigma,
-        qk_norm=any(".q_norm." in name for name in state),
-        long_residual="post" if "skip_norms.0.weight" in state else "none",
-    )
-    ours = model.state_dict()
+        config["decoder"] = (len({n.split(".")[1] for n in state if n.startswith("decoder_blocks.")}), state["mask_token"].shape[2], 16)
+    config |= {
+        "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "num_heads": num_heads,
+        "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+        "learn_sigma": learn_sigma,
+        "qk_norm": any(".q_norm." in name for name in state),
+        "long_residual": "post" if "skip_norms.0.weight" in state else "none",
+    }
+    with torch.device("meta"):  # memory only for what fits
+        ours = build_model(config).state_dict()
     missing, unexpected = sorted(set(ours) - set(state)), sorted(set(state) - set(ours))
     wrong = [f"{n} {tuple(state[n].shape)} for {tuple(ours[n].shape)}" for n in ours if n in state and state[n].shape != ours[n].shape]
     if missing or unexpected or wrong:
-        problems = [("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)]
-        raise ValueError(f"{path} does not fit: " + "; ".join(f"{what} {', '.join(names)}" for what, names in problems if names))
+        problems = [("missing", ", ".join(missing)), ("unexpected", ", ".join(unexpected)), ("wrong shape", listing(wrong))]
+        raise ValueError(f"{path} does not fit: " + "; ".join(f"{what} {names}" for what, names in problems if names))
+    model = build_model(config)
     model.load_state_dict(state)
     return model.eval(), notes
 
@@ -716,7 +794,7 @@ def read_safetensors(path):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        data = torch.from_file(str(path), size=size, dtype=torch.uint8)
+        data = torch.from_numpy(np.memmap(path, np.uint8, "c"))
         tensors = {}
         for name, entry in header.items():
             if entry["dtype"] not in SAFETENSORS_DTYPES:
@@ -755,7 +833,7 @@ def load_vae(path, groups=32):
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if is_zip else None
+        content = load_tensors(path) if is_zip else None
     except Exception as error:
         raise ValueError(f"{path} cannot be read as VAE weights: {first_line(error)}") from None
     content = content if is_zip else read_safetensors(path)
@@ -812,6 +890,8 @@ class LatentCache(torch.utils.data.Dataset):
         _, labels, moments, _ = latent_layout(header)
         self.labels = np.memmap(path, np.int32, "r", labels, (header["count"],))
         self.moments = np.memmap(path, np.float16, "r", moments, (header["count"], 2, *header["moments"]))
+        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise ValueError(f"{path} has labels outside its {len(self.classes)} classes: move it away to encode anew")
 
     def __reduce__(self):  # for loader processes: the name, not 42 GB
         return LatentCache, (self.path, self.header)
@@ -849,7 +929,7 @@ def check_latents(path, expected):
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a file of latents: move it away") from None
     if unlike:
-        shown = ", ".join(f"{k} {str(header[k])[:20]} (needed: {str(expected[k])[:20]})" for k in unlike)
+        shown = ", ".join(f"{k} {' '.join(str(header[k])[:20].split())} (needed: {str(expected[k])[:20]})" for k in unlike)
         raise ValueError(f"{path} holds latents of another data set or VAE: {shown}; move it away to encode anew")
     size, right = path.stat().st_size, latent_layout(expected)[3]
     if size != right:

@@ -63,7 +63,7 @@ from models import (
 def fail(message):
     """A user error: one line on stderr from the first process of a machine, exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"sample.py: error: {message}", file=sys.stderr, flush=True)
+        print(f"sample.py: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     sys.exit(2)
@@ -97,6 +97,8 @@ def parse_args(argv=None):
     for name in ("num", "batch_size", "steps"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.steps > 10**6:
+        fail(f"--steps {args.steps}: must be at most a million")
     if not 0 <= args.seed < 2**63:
         fail(f"--seed {args.seed} is out of range")
     if not all(v >= 0 for v in args.churn):
@@ -109,15 +111,15 @@ def find_checkpoint(path):
 
     The digest is of the checksums that the file's archive keeps, so that samples of a retrained network are not taken for those of the old.
     """
-    if not path.exists():
+    if not os.path.isfile(path) and not os.path.isdir(path):
         raise ValueError(f"--ckpt {path}: no such file or folder")
     if path.is_dir():
         folder, path = path, newest_checkpoint(path / "checkpoints")
         if not path:
             raise ValueError(f"--ckpt {folder}: no checkpoints/*.pt in this folder")
-    if zipfile.is_zipfile(path):
+    try:
         content = repr([(entry.filename, entry.CRC) for entry in zipfile.ZipFile(path).infolist()]).encode()
-    else:
+    except zipfile.BadZipFile:
         content = path.read_bytes()
     return path, hashlib.sha256(content).hexdigest()[:16]
 
@@ -141,6 +143,8 @@ def load_network(args, path):
         raise ValueError("--model and --diffusion are for official checkpoints (--official); ours say themselves what they are")
     saved = load_checkpoint(path)
     trained = saved["args"]
+    if not saved[args.weights] or not {"script", "model", "diffusion", "classes"} <= set(trained):
+        raise ValueError(f"{path} is no whole checkpoint: it lacks {args.weights!r} weights, or what they were trained on")
     net = build_model(trained["network"])
     net.load_state_dict(saved[args.weights])
     about = {"script": trained["script"], "model": trained["model"], "diffusion": trained["diffusion"], "step": saved["step"]}
@@ -154,7 +158,7 @@ def load_decoder(args, about):
     file = args.vae or (Path(about["vae"]) if "vae" in about else None)
     if not file:
         raise ValueError(f"{args.ckpt} generates latents: give --vae, the weights of their VAE, or --latents to store them as they are")
-    if not file.exists():
+    if not os.path.isfile(file):
         hint = "" if args.vae else f", the VAE that {args.ckpt} was trained with: give --vae"
         raise ValueError(f"no file {file}{hint}")
     vae, vae_hash = load_vae(file)
@@ -238,18 +242,39 @@ def describe(args, about, digest, channels, vae_hash):
     }  # fmt: skip
 
 
-def open_output(args, protocol):
-    """Make the output folder, or check that what it holds belongs to this run. Raises ValueError with one line.
+def open_output(args, protocol, size):
+    """Make the output folder, or check that what it holds belongs to this run, and that there is room for images of `size` bytes each.
 
-    Returns whether samples.npz is there already, and else the ranges (first, last + 1) of images still to be made.
+    Returns whether samples.npz is there already, and else the ranges (first, last + 1) of images still to be made. Raises ValueError with
+    one line.
     """
-    description, text = args.out / "protocol.json", json.dumps(protocol, indent=1)
-    if description.exists() and description.read_text() != text:
-        raise ValueError(f"{args.out} holds samples of another run (see its protocol.json): choose another --out")
-    (args.out / "parts").mkdir(parents=True, exist_ok=True)
-    write_atomically(description, lambda file: file.write(text.encode()))
-    done = (args.out / "samples.npz").exists()
-    return done, [] if done else missing_batches(stored(args.out / "parts"), args.num, args.batch_size)
+    description, text = args.out / "protocol.json", json.dumps(protocol, indent=1).encode()
+    if description.exists():
+        if description.read_bytes() != text:
+            raise ValueError(f"{args.out} holds samples of another run (see its protocol.json): choose another --out")
+    else:
+        others = [name for name in ("samples.npz", "grid.png", "png", "parts") if (args.out / name).exists()]
+        if others:
+            raise ValueError(f"{args.out} holds {others[0]} but no protocol.json that says of which run: choose another --out")
+        room = shutil.disk_usage(next(path for path in args.out.absolute().parents if path.exists())).free
+        if 2 * args.num * size > room:  # in parts, and put together
+            need = f"--num {args.num} needs {2 * args.num * size / 1e9:.2g} GB"
+            raise ValueError(f"{need}, and {args.out} has room for {room / 1e9:.2g} GB: choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(description, lambda file: file.write(text))
+    (args.out / "parts").mkdir(exist_ok=True)
+    finished, parts = args.out / "samples.npz", stored(args.out / "parts")
+    done = finished.exists()
+    if done and not zipfile.is_zipfile(finished):
+        raise ValueError(f"{finished} is damaged: delete it, and its images are made anew")
+    for first, (end, path) in parts.items():
+        try:
+            sound = zipfile.ZipFile(path).testzip() is None and len(np.load(path)["labels"]) == end - first and end <= args.num
+        except Exception:
+            sound = False
+        if not sound:
+            raise ValueError(f"{path} is damaged: delete it, and its images are made anew")
+    return done, [] if done else missing_batches(parts, args.num, args.batch_size)
 
 
 def main(args):
@@ -260,6 +285,7 @@ def main(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     if world > 1:
         dist.init_process_group("gloo")
     try:
@@ -280,7 +306,8 @@ def main(args):
             raise ValueError(f"{args.ckpt} generates pixels: leave out --vae")
         vae, vae_hash = load_decoder(args, about) if shape[0] != 3 and not args.latents else (None, None)
         protocol = describe(args, about, digest, shape[0], vae_hash)
-        done, batches = on_rank_0(lambda: open_output(args, protocol))
+        size = math.prod(shape) * 4 if args.latents else 3 * (shape[1] * (vae.factor if vae else 1)) ** 2  # bytes of an image
+        done, batches = on_rank_0(lambda: open_output(args, protocol, size))
     except ValueError as error:
         fail(error)
     churn = dict(zip(("S_churn", "S_min", "S_max", "S_noise"), args.churn))

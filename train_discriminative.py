@@ -58,8 +58,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
-from models import VAE_SCALE, Block, cache_latents, hold_lock, image_grid, load_checkpoint, load_vae, newest_checkpoint, on_rank_0
-from models import parse_model, to_uint8, write_atomically
+from models import VAE_SCALE, Block, cache_latents, check_log, hold_lock, image_grid, load_checkpoint, load_vae, newest_checkpoint
+from models import on_rank_0, open_image, parse_model, shapes, to_uint8, write_atomically
 
 # --- method: SD-DiT ---------------------------------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each 
 def fail(message, every_rank=False):
     """A user error: one line on stderr, exit code 2. What every rank sees, the first of each machine prints; the others wait for it."""
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     sys.exit(2)
@@ -313,8 +313,8 @@ def parse_args(argv=None):
     least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
     most = {"ema_decay": 1, "label_drop": 1, "time_gap": 1, "mask_ratio": 1}
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not least.get(name, 0) <= value <= most.get(name, 2**63 - 1):
-            fail(f"--{name.replace('_', '-')} {value} is out of range")
+        if value == "" or (isinstance(value, (int, float)) and not least.get(name, 0) <= value <= most.get(name, 2**63 - 1)):
+            fail(f"--{name.replace('_', '-')} {value!r} is out of range")
     return args
 
 
@@ -349,7 +349,7 @@ class Images(torch.utils.data.Dataset):
         self.size, self.classes, self.files, self.length, self.digest = size, list(SHAPES), None, 20_000, "shapes"
         if data == "shapes":
             return
-        if not Path(data).is_dir():
+        if not os.path.isdir(data):
             fail(f"--data {data}: no such folder")
         self.files, self.classes, names = [], [], hashlib.sha256()
         for name in sorted(os.listdir(data)):
@@ -363,9 +363,7 @@ class Images(torch.utils.data.Dataset):
         self.length, self.digest = len(self.files), names.hexdigest()
         for path, _ in self.files[rank::world] if check else ():  # headers only: this finds most bad files before training
             try:
-                with Image.open(path) as image:
-                    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits
-                        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+                open_image(path).close()
             except Exception as error:
                 fail(f"cannot read image {path}: {error}", every_rank=True)
 
@@ -379,7 +377,7 @@ class Images(torch.utils.data.Dataset):
         index, flip = key
         path, label = self.files[index] if self.files else (None, index % len(SHAPES))
         try:
-            image = center_crop(Image.open(path).convert("RGB"), self.size) if path else draw_shape(index, self.size)
+            image = center_crop(open_image(path).convert("RGB"), self.size) if path else draw_shape(index, self.size)
         except Exception as error:
             return f"cannot read image {path}: {error}"
         pixels = np.asarray(image).transpose(2, 0, 1)
@@ -436,6 +434,7 @@ def main(method_cls, args):
     if cuda and local >= torch.cuda.device_count():
         fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
     torch.set_float32_matmul_precision("high")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
     accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
     if rest or not accumulate:
@@ -475,6 +474,7 @@ def main(method_cls, args):
         return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
 
     def find_start():
+        check_log(out / "log.jsonl")
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         locks.append(hold_lock(out / "lock"))
         return newest_checkpoint(out / "checkpoints")
@@ -495,7 +495,7 @@ def main(method_cls, args):
         state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
         if saved["step"] > args.steps:
             fail(f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out")
-        if {"script", "classes", "network", "diffusion", "vae_hash"} & set(was) or set(state) != set(stored_state()):
+        if {"script", "classes", "network", "diffusion", "vae_hash"} & set(was) or shapes(state) != shapes(stored_state()):
             fail(f"{path} does not fit {', '.join(changed)}: use the flags it was made with, or another --out")
         if changed and rank == 0:
             print(f"resuming with {', '.join(changed)}", flush=True)

@@ -37,15 +37,25 @@ SCRIPTS = {
 
 
 def start(script, out, *flags, agent=(), **popen):
-    """The script as a process; agent: options of torchrun, if it is to be under it."""
+    """The script as a process; agent: options of torchrun, if it is to be under it. Its output goes to a file: nobody empties a pipe."""
     launch = ["-m", "torch.distributed.run", *agent] if agent else []
     words = [sys.executable, *launch, ROOT / script, *TINY, *flags, "--out", out]
-    return subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
+    file = tempfile.TemporaryFile("w+", errors="replace")
+    process = subprocess.Popen(list(map(str, words)), stdout=file, stderr=subprocess.STDOUT, **popen)
+    process.file = file
+    return process
+
+
+def ended(process, timeout=300):
+    """Its output, once it has ended."""
+    process.wait(timeout)
+    process.file.seek(0)
+    return process.file.read()
 
 
 def finish(process, code=0, timeout=300):
     """Its output, once it has ended with that exit code."""
-    output, _ = process.communicate(timeout=timeout)
+    output = ended(process, timeout)
     assert process.returncode == code, f"exit code {process.returncode} in place of {code}: {output[-3000:]}"
     return output
 
@@ -129,7 +139,7 @@ def kills(script, folder, times, rng, steps=300):
             shutil.rmtree(out)
             continue
         process.kill()
-        process.communicate()
+        process.wait()
         newest = max(out.glob("checkpoints/0*.pt"), default=None)
         hits.append(f"{where}, after {newest.stem.lstrip('0') if newest else 'no checkpoint'}")
     finish(start(script, out, *flags))
@@ -144,7 +154,7 @@ def restarts(folder, rng, times=2, steps=150):
     finish(start("train_sra.py", expected, *flags, agent=agent))
     process, hits = start("train_sra.py", out, *flags, agent=agent), []
     for k in range(times):
-        assert wait_for(reached(out, 35 + 50 * k), process), process.communicate()[0]
+        assert wait_for(reached(out, 35 + 50 * k), process), ended(process)
         victim = rng.choice([pid for pid in children(process.pid) if "train_sra.py" in Path(f"/proc/{pid}/cmdline").read_text()])
         os.kill(victim, signal.SIGKILL)
         hits.append(f"after step {35 + 50 * k} or later")
@@ -174,8 +184,8 @@ def nodes(folder, rng, steps=150):
     victim = rng.choice(both)
     for pid in (victim.pid, *children(victim.pid)):
         os.kill(pid, signal.SIGKILL)
-    victim.communicate()
-    output, _ = next(p for p in both if p is not victim).communicate(timeout=300)
+    victim.wait()
+    output = ended(next(p for p in both if p is not victim))
     assert "another process was lost" in output, output[-3000:]
     for process in pair():
         finish(process)
@@ -239,10 +249,10 @@ def same_folder(folder):
     first.kill()  # its loaders live on for a while
     third = start("train_sra.py", out, *flags)
     log = out / "log.jsonl"
-    assert wait_for(lambda: log.read_text().count('"start"') == 2 and reached(out, 7)(), third), third.communicate()[0]
+    assert wait_for(lambda: log.read_text().count('"start"') == 2 and reached(out, 7)(), third), ended(third)
     third.send_signal(signal.SIGTERM)
     finish(third)
-    first.communicate()
+    first.wait()
     return ["refused, then taken over"], []
 
 
@@ -251,8 +261,7 @@ def not_finite(folder):
     out = Path(folder, "not_finite")
     flags = ["not-finite", "train_sra.py", *TINY, "--steps", "8", "--save-every", "2", "--out", out]
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "as_ranks.py", *flags]
-    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    output = finish(process, code=1)
+    output = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300).stderr
     assert "stopped, not finite: step 3, rank 1: loss nan, denoise" in output, output
     assert [p.name for p in out.glob("checkpoints/0*.pt")] == ["0000002.pt"]
     return ["step, rank and terms named"], []
