@@ -16,6 +16,7 @@ import pickle
 import platform
 import shutil
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -73,8 +74,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         """The convolution as a linear layer of patches: its result lies in memory as (N, T, D), and with it the whole stream."""
-        patches = F.unfold(x, self.proj.kernel_size, stride=self.proj.stride).transpose(1, 2)  # (N, T, C * p * p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (N, T, D)
+        p = self.proj.kernel_size[0]
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (N, H / p, W / p, C, p, p)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (N, T, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -388,6 +390,8 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError) as error:  # torch.save's are RuntimeErrors, on top of the cause
         temporary.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -395,9 +399,8 @@ def write_atomically(path, write):
 
 
 def hold_lock(path):
-    """Locks a file for the life of this process; returns it open. The system ends the lock with the process, however that ends.
-
-    Raises ValueError, one line, if another process holds it.
+    """Locks a file for the life of this process; returns it open. The system ends the lock with the process, however that ends (over NFS
+    only once the server knows that its machine is gone). Raises ValueError, one line, if another process holds it.
     """
     import fcntl  # not on Windows, where the rest of this file runs
 
@@ -406,7 +409,8 @@ def hold_lock(path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise ValueError(f"{path.parent} is in use by another run ({file.read(80).strip()}): wait for it, or use another --out") from None
+        holder = f"{file.read(80).strip()}; if that machine is gone, delete {path}"
+        raise ValueError(f"{path.parent} is in use by another run ({holder}): wait for it, or use another --out") from None
     except OSError:
         pass  # a file system without locks
     file.truncate(0)
@@ -420,7 +424,12 @@ def open_image(path):
 
     Raises ValueError or Pillow's errors, one line, for others, and for what would be clipped to 8 bits or is much longer than wide.
     """
-    image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP"))
+    try:
+        image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP"))
+    except Image.UnidentifiedImageError:
+        raise ValueError("no PNG, JPEG, WebP or BMP image, or a damaged one") from None
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels: make it smaller")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
     if max(image.size) > 100 * min(image.size):  # scaled to its short side, it would fill the memory
@@ -508,7 +517,7 @@ def newest_checkpoint(folder):
 
     Unreadable ones are named on stderr. Raises ValueError, one line, if there are some and none is readable.
     """
-    paths = sorted(folder.glob("*.pt"), reverse=True)
+    paths = sorted(folder.glob("*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)  # by step, however many digits
     for path in paths:
         try:
             load_checkpoint(path)
@@ -518,6 +527,24 @@ def newest_checkpoint(folder):
     if paths:
         raise ValueError(f"no checkpoint in {folder} is readable: move them away to start over")
     return None
+
+
+def fresh_store(rank, world):
+    """The store in which processes meet, under a name that rank 0 makes up at every start.
+
+    torchrun keeps its store when it restarts processes, and those would find the addresses of the dead.
+    """
+    store, *_ = next(iter(dist.rendezvous("env://")))
+    if rank == 0:
+        name = str(time.time_ns())
+        store.set("start", name)
+        store.wait([f"{name} read"])  # by all others
+        store.delete_key("start")
+    else:
+        name = store.get("start").decode()
+        if store.add(name, 1) == world - 1:
+            store.set(f"{name} read", "")
+    return dist.PrefixStore(name, store)
 
 
 def on_rank_0(work):

@@ -48,6 +48,7 @@ from models import (
     SOURCES,
     VAE_SCALE,
     build_model,
+    fresh_store,
     image_grid,
     load_checkpoint,
     load_official,
@@ -256,7 +257,7 @@ def open_output(args, protocol, size):
         others = [name for name in ("samples.npz", "grid.png", "png", "parts") if (args.out / name).exists()]
         if others:
             raise ValueError(f"{args.out} holds {others[0]} but no protocol.json that says of which run: choose another --out")
-        room = shutil.disk_usage(next(path for path in args.out.absolute().parents if path.exists())).free
+        room = shutil.disk_usage(next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())).free
         if 2 * args.num * size > room:  # in parts, and put together
             need = f"--num {args.num} needs {2 * args.num * size / 1e9:.2g} GB"
             raise ValueError(f"{need}, and {args.out} has room for {room / 1e9:.2g} GB: choose another --out")
@@ -287,7 +288,7 @@ def main(args):
     torch.set_float32_matmul_precision("high")
     sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", store=fresh_store(rank, world), rank=rank, world_size=world)
     try:
         path, digest = on_rank_0(lambda: find_checkpoint(args.ckpt))
         net, diffusion, about = load_network(args, path)

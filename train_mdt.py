@@ -54,8 +54,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
-from models import VAE_SCALE, Block, cache_latents, check_log, hold_lock, image_grid, load_checkpoint, load_vae, newest_checkpoint
-from models import on_rank_0, open_image, parse_model, shapes, to_uint8, write_atomically
+from models import VAE_SCALE, Block, cache_latents, check_log, fresh_store, hold_lock, image_grid, load_checkpoint, load_vae
+from models import newest_checkpoint, on_rank_0, open_image, parse_model, shapes, to_uint8, write_atomically
 
 # --- method: MaskDiT --------------------------------------------------------------------------------------------------------------------
 
@@ -199,10 +199,12 @@ def fail(message, every_rank=False):
 
 def explain(kind, error, trace):
     """sys.excepthook: what befell the machine is told in one line, what is wrong with the program as a traceback."""
-    text = (str(error).splitlines() or ["interrupted"])[0]
+    text = " ".join(str(error).split()) or "interrupted"
     if issubclass(kind, torch.OutOfMemoryError):
         text += " (use a smaller --micro-batch, or --checkpointing)"
-    elif issubclass(kind, dist.DistError) or "gloo/transport" in text:
+    elif issubclass(kind, dist.DistError):
+        text += " (a process was lost, or they cannot reach each other)"
+    elif "gloo/transport" in text:
         text = text.partition(". ")[0] + " (another process was lost: the same command goes on from the newest checkpoint)"
     elif not issubclass(kind, (OSError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, trace)
@@ -369,7 +371,8 @@ def main(method_cls, args):
     if cuda and local >= torch.cuda.device_count():
         fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
     torch.set_float32_matmul_precision("high")
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
     accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
     if rest or not accumulate:
@@ -400,9 +403,8 @@ def main(method_cls, args):
     if world > 1:
         if cuda:
             torch.cuda.set_device(device)
-        attempt, (store, *_) = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(iter(dist.rendezvous("env://")))
-        store = dist.PrefixStore(attempt, store)  # torchrun keeps it when it restarts: addresses of dead processes must not be found
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+        meeting = {"store": fresh_store(rank, world), "rank": rank, "world_size": world}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **meeting)
     description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
 
     def stored_state():  # all but a frozen teacher, which its own checkpoint holds
@@ -412,6 +414,8 @@ def main(method_cls, args):
         check_log(out / "log.jsonl")
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
         locks.append(hold_lock(out / "lock"))
+        for path in (out / "checkpoints").glob(".*.tmp"):  # what a killed run was writing
+            path.unlink()
         return newest_checkpoint(out / "checkpoints")
 
     locks = []
@@ -431,7 +435,7 @@ def main(method_cls, args):
         if saved["step"] > args.steps:
             fail(f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out")
         if {"script", "classes", "network", "diffusion", "vae_hash"} & set(was) or shapes(state) != shapes(stored_state()):
-            fail(f"{path} does not fit {', '.join(changed)}: use the flags it was made with, or another --out")
+            fail(f"{path} does not fit {', '.join(changed) or 'this network'}: use the flags it was made with, or another --out")
         if changed and rank == 0:
             print(f"resuming with {', '.join(changed)}", flush=True)
         method.load_state_dict(state, strict=False)  # strict above
@@ -461,8 +465,8 @@ def main(method_cls, args):
         content |= {"step": step, "args": description, "log": torch.tensor(rows, dtype=torch.float64)}
         path = out / "checkpoints" / f"{step:07d}.pt"
         write_atomically(path, lambda file: torch.save(content, file))
-        older = sorted(p for p in path.parent.glob("*.pt") if p.name < path.name)  # the new one is whole: the others may go
-        for p in older[: max(0, len(older) - args.keep + 1)] if args.keep else ():
+        older = sorted((p for p in path.parent.glob("*.pt") if p.stem.isdigit() and int(p.stem) < step), key=lambda p: int(p.stem))
+        for p in older[: max(0, len(older) - args.keep + 1)] if args.keep else ():  # the new one is whole
             p.unlink()
 
     def draw_samples(lines=4):  # one column a class, at most ten

@@ -24,6 +24,12 @@ EVAL = {case["case"]: case for case in json.loads((GOLDENS / "manifest_eval.json
 STATE_DICTS = json.loads((GOLDENS / "eval_state_dicts.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def put_back_excepthook(monkeypatch):
+    """The training scripts set it, and some tests run them in this process."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
 def recipe_draw(*key):
     """The generator of one named array: numpy's legacy RandomState seeded with the crc32 of "salt:name" or "salt:case:input"."""
     return np.random.RandomState(zlib.crc32(":".join(key).encode()))
