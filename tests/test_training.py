@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import ROOT
+from faults import free_port, log_lines
 from PIL import Image
 
 import train_sra
@@ -66,12 +66,6 @@ def assert_same(a, b, path=""):
         assert a.dtype == b.dtype and torch.equal(a, b), path
     else:
         assert a == b, path
-
-
-def log_lines(out):
-    """log.jsonl without the start records and without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if "step" in line]
 
 
 def terminate_after(step, method=SRA):
@@ -182,12 +176,6 @@ def test_ema_follows_its_recursion(tmp_path):
 
 
 # Several processes
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def network_of(diffusion):
