@@ -124,7 +124,7 @@ def test_the_stream_lies_in_memory_as_tokens_of_channels():
 # Compilation
 
 COMPILED = {  # modes in which shapes or the parts that run change from step to step
-    **{mode: MODES[mode] for mode in ("mdt unmasking", "sd-dit", "diversedit")},
+    **{mode: MODES[mode] for mode in ("mdt unmasking", "sd-dit")},
     # an odd batch: were just half of an even one in range at first, the doubled teacher pass would compile once more in the second step
     "selftrans 2 stops": (
         "train_selftranscendence",

@@ -542,6 +542,7 @@ def test_bf16_on_cpu(tmp_path):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_blocks_compute_the_same(tmp_path):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     train(tmp_path / "eager", "--steps", "3")
     train(tmp_path / "compiled", "--steps", "3", "--compile")
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
