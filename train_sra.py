@@ -84,6 +84,7 @@ def method_arguments(parser):
     add("--align-distance", choices=DISTANCES, default="smooth-l1")
     add("--align-decay", type=int, nargs=2, metavar=("START", "TENFOLD"), help="weight * 10^-((step - START) / TENFOLD) after step START")
     add("--time-gap", type=float, default=0.2, help="the teacher is up to this much nearer to the data, as a fraction of all time")
+    add("--head", choices=("mlp", "none"), default="mlp", help="none: features against features, which the paper found to hurt")
 
 
 def alignment_blocks(depth, ddpm):
@@ -140,7 +141,7 @@ class SRA(nn.Module):
         if not 1 <= self.student_block <= self.teacher_block <= network["depth"]:
             blocks = f"{self.student_block} and {self.teacher_block}"
             raise ValueError(f"student and teacher block {blocks}: need 1 <= student <= teacher <= {network['depth']} (the depth)")
-        self.head = projection_head(network["hidden_size"])
+        self.head = projection_head(network["hidden_size"]) if args.head == "mlp" else nn.Identity()
 
     def forward(self, x0, y, t=None, noise=None, drop=None, u=None):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1)."""

@@ -41,6 +41,20 @@ def watch(method):
     return seen
 
 
+def test_without_head_features_meet_features(golden):
+    g = golden("sra_loss")
+    i, flow = g.inputs, Flow()
+    method = method_for(g, flow, "--label-drop", "0")
+    seen = watch(method)
+    method.head = torch.nn.Identity()
+    method.head.register_forward_hook(lambda module, inputs, output: seen.update(plain=output))
+    terms = method(i["x0"], i["y"], t=i["t"], noise=i["noise"], u=i["u"], drop=i["drop_u"])
+    assert torch.equal(terms["align"], DISTANCES["smooth-l1"](seen["plain"], seen["tokens"]))
+    config = method.model.config
+    bare = SRA(parse_args(["--head", "none"]), config, flow)
+    assert not list(bare.head.parameters()) and "align" in bare(i["x0"], i["y"])
+
+
 def test_sra_loss(golden):
     g = golden("sra_loss")
     i, flow = g.inputs, Flow()
