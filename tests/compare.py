@@ -172,6 +172,8 @@ def prepare(a):
             array = np.stack([images[int(k), False][0].numpy().transpose(1, 2, 0) for k in chosen])
             np.savez(a.out / "partial.npz", arr_0=array)
             (a.out / "partial.npz").rename(a.out / target)
+    if not a.features:
+        return
     if not (a.out / "statistics.npz").exists():
         fid = [os.path.relpath(ROOT / "fid.py"), "--features", str(a.features), "--batch-size", "250"]
         execute([*fid, "--save-stats", f"{a.out}/statistics.npz", f"{a.out}/reference.npz"], a.out / "fid.log", None)
@@ -202,7 +204,10 @@ def carry_out(a, name, run, seed):
             command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", folder / "checkpoints" / f"{step:07d}.pt", "--num-samples", a.num]
             command += ["--labels", "balanced", "--solver", "heun", "--steps", a.solver_steps, "--batch-size", 250, "--out", samples]
             execute(list(map(str, command)), folder / "output.txt", a.threads)
-            measure(a, samples / "samples.npz", result, a.threads)
+            if a.features:
+                measure(a, samples / "samples.npz", result, a.threads)
+    if not a.features:
+        return
     found = ", ".join(f"{distance(a, name, seed, s):.3f} at step {s + run.offset}" for s in run.measured)
     print(f"{name}, seed {seed}: {found or 'done'}", flush=True)
 
@@ -257,7 +262,7 @@ def collect(a):
                 ],
                 "hardware": start["hardware"], "torch": start["torch"],
             }  # fmt: skip
-    protocol = {k: getattr(a, k) for k in FIXED}
+    protocol = {k: getattr(a, k) for k in (*FIXED, "jobs", "accuracy")}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     floor = json.loads((a.out / "floor.json").read_text())
     protocol |= {"commit": commit, "features_sha256": floor["features"]["sha256"], "num_reference": floor["num_reference"]}
@@ -374,7 +379,7 @@ def report(a):
     print(f"\n{text}\nresults.json, table.md, figure.png and logs/ are in {a.out}", flush=True)
 
 
-FIXED = "image_size per_class model steps batch_size lr warmup num solver_steps jobs threads accuracy train_flags".split()
+FIXED = "image_size per_class model steps batch_size lr warmup num solver_steps threads train_flags".split()
 
 
 def parse_args(argv=None):
@@ -382,7 +387,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--train", type=Path, help="archive of training images")
     add("--test", type=Path, help="archive of test images")
-    add("--features", type=Path, help="TorchScript module for fid.py")
+    add("--features", type=Path, help="TorchScript module for fid.py; without it the runs are trained and sampled, not yet measured")
     add("--accuracy", type=float, help="of the classifier on the test images: only reported")
     add("--out", type=Path, default=Path("results/compare"))
     add("--image-size", type=int, default=16)
@@ -404,8 +409,8 @@ def parse_args(argv=None):
     a = parser.parse_args(argv)
     if a.steps % 20:
         parser.error(f"--steps {a.steps}: must be a multiple of 20")
-    if not a.report and not (a.train and a.test and a.features):
-        parser.error("--train, --test and --features are needed")
+    if not a.report and not (a.train and a.test):
+        parser.error("--train and --test are needed")
     return a
 
 
@@ -437,7 +442,8 @@ def main():
         errors = [error for future in tasks.values() if (error := future.exception())]
     for error in dict.fromkeys(map(str, errors)):
         print(error, file=sys.stderr)
-    report(a)
+    if a.features:
+        report(a)
     if errors or stopped:
         sys.exit("not finished: the same command goes on from here")
 
