@@ -1,27 +1,36 @@
-"""Vanilla and the five methods side by side: same network size, images, batch, learning rate, EMA, seed and sampler, equal steps.
+"""Vanilla and the five methods side by side: same encoder, images, batch, learning rate, EMA, seed and sampler, equal steps.
 
-    python tests/compare.py --train cifar10-train.zip --test cifar10-test.zip --features features.pt --steps 4000 --jobs 2
+    python tests/compare.py --train cifar10-train.zip --test cifar10-test.zip --features features.pt --steps 2000 --jobs 2 --threads 1
     ... --ablations                            also the runs that would give a wrong implementation away
     ... --seeds 0 1                            each run with two seeds
     ... --report                               no runs: results.json, table.md, figure.png and logs/ from what is there
 
 The archives hold SPLIT/CLASS/NAME.jpg; the first --per-class images of each class (by name) are trained on, all test images are the
-reference. --features: a TorchScript classifier without its last layer, as fid.py takes it; say how good it is with --accuracy. The distance
-is Frechet's, in the space of these features: it is not FID, and compares with nothing but itself. Every run is a command of a training
+reference. --features: a classifier without its last layer, as tests/cifar10_features.py saves it beside its accuracy. The distance is
+Frechet's, in the space of these features: it is not FID, and compares with nothing but itself. Every run is a command of a training
 script; sample.py draws --num images of the EMA at each quarter of the steps (ablations: each half), from the same noise and labels for all
-runs, without guidance, and fid.py measures them. Seconds are those of training alone, from log.jsonl, with --jobs runs at a time.
+runs, without guidance, and fid.py measures them. Seconds are those of training, from log.jsonl, without sampling and saving; what else the
+machine did at that time is in them, so that small differences mean nothing.
 
-The same command goes on where it was stopped: what is finished is not repeated, and a training run continues from its last checkpoint.
+The same command goes on where it was stopped: what is finished is not repeated, and a training run continues from its last checkpoint
+(--jobs may change in between). --out keeps to one protocol: other settings, archives or features are refused.
 
 What is scaled, and by which rule (n: --steps; numbers of the papers and of what their authors released, see each script's docstring)
     blocks                by depth, as the scripts do by default
-    MaskDiT               half of the tokens hidden; tuning: the last twentieth of n unmasked, at half the learning rate (100k of 2M)
-    SD-DiT                teacher's temperature n / 16 (150k of 2.4M), prototypes frozen n / 480 (5k); Ti: K = 512, head 256 wide
-    Self-Transcendence    stage 1 n / 2 steps, counted in its cost; the term of stage 2 stops at n / 4; no qk-norm, as in the others
-The optimisation is one for all: AdamW, --lr, --warmup steps, clipping at 1, EMA with warm-up, mirrored images, labels dropped at 10 %.
+    MaskDiT               half of the tokens hidden; tuning: the last twentieth of n unmasked (after n in the paper, 100k beyond 2M), at
+                          half the learning rate, its EMA going on from MaskDiT's
+    SD-DiT                teacher's temperature n / 16 (150k of 2.4M), prototypes frozen n / 480 (5k); momentum 0.996, its cosine over n;
+                          Ti: K = 512, head 256 wide; int(0.8 T) tokens are seen: 12 of 16
+    Self-Transcendence    stage 1 n / 2 steps, counted in its seconds, not in its steps; the term of stage 2 stops at n / 4; both stages
+                          start from the same weights (the seed's)
+    DiverseDiT            10 random blocks, or all if there are fewer; L_div is over one batch
+The optimisation is one for all, also where a paper has another: AdamW, --lr, --warmup steps, clipping at 1, EMA 0.9999 with warm-up (SRA's
+teacher with it), mirrored images, labels dropped at 10 %, no qk-norm. MaskDiT and SD-DiT have a decoder on top, and SD-DiT a class token:
+their own baselines are among the ablations. MaskDiT without reconstruction still learns its mask token (officially it is 0 then).
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -29,6 +38,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +51,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import load_checkpoint  # noqa: E402
+from models import hold_lock, load_checkpoint  # noqa: E402
 from train_sra import Images  # noqa: E402
 
 PER_PICTURE = 12  # seeds of the grid
@@ -75,6 +85,7 @@ def plan(a, seed):
     st = "train_selftranscendence.py"
     stage2 = ["--stage", 2, "--teacher", checkpoint.format("stage1", n // 2), "--stop-step", n // 4]
     tuned = [*edm, "--mask-ratio", 0, "--init-from", checkpoint.format("maskdit", n - tuning), "--lr", a.lr / 2, "--warmup", 0]
+    tuned += ["--no-ema-warmup", "--ema-decay", (n - tuning + 1) / (n - tuning + 10)]  # as if its step were that of MaskDiT
     runs = {
         "stage1": Run("Self-Transcendence, stage 1 alone", "flow", st, ["--stage", 1], (n // 2, n), ablation=True),
         "vanilla": Run("vanilla, flow", "flow", "train_sra.py", ["--align-weight", 0], (n,), colour="#000000"),
@@ -82,17 +93,21 @@ def plan(a, seed):
         "sra": Run("SRA", "flow", "train_sra.py", [], (n,), colour="#0072b2"),
         "maskdit": Run("MaskDiT", "EDM", "train_mdt.py", edm, (n - tuning, n), colour="#e69f00"),
         "sddit": Run("SD-DiT", "EDM", "train_discriminative.py", sd, (n,), colour="#cc79a7"),
-        "selftranscendence": Run("Self-Transcendence", "flow", st, stage2, (n,), after=("stage1", n // 2), colour="#009e73"),
+        "selftranscendence": Run(f"Self-Transcendence, after {n // 2} of stage 1", "flow", st, stage2, (n,), after=("stage1", n // 2),
+                                 colour="#009e73"),
         "diversedit": Run("DiverseDiT", "flow", "train_diversedit.py", [], (n,), colour="#d55e00"),
         "maskdit_tuned": Run("MaskDiT, last 5 % unmasked", "EDM", "train_mdt.py", tuned, (tuning,), after=("maskdit", n - tuning),
-                             offset=n - tuning, colour="#e69f00"),
+                             offset=n - tuning, colour="#8c6000"),
         "sra_no_head": Run("SRA without its head", "flow", "train_sra.py", ["--head", "none"], (n,), ablation=True),
         "diversedit_no_loss": Run("DiverseDiT without loss", "flow", "train_diversedit.py", ["--diversity-weight", 0], (n,), ablation=True),
         "diversedit_no_residuals": Run("DiverseDiT without residuals", "flow", "train_diversedit.py", ["--long-residual", "none"], (n,),
                                        ablation=True),
         "maskdit_no_mae": Run("MaskDiT without reconstruction", "EDM", "train_mdt.py", [*edm, "--mae-weight", 0], (n,), ablation=True),
         "maskdit_unmasked": Run("MaskDiT's network, nothing hidden", "EDM", "train_mdt.py", [*edm, "--mask-ratio", 0], (n,), ablation=True),
-        "sddit_no_loss": Run("SD-DiT without its loss", "EDM", "train_discriminative.py", [*sd, "--align-weight", 0], (n,), ablation=True),
+        "sddit_no_loss": Run("SD-DiT without its loss, masked", "EDM", "train_discriminative.py", [*sd, "--align-weight", 0], (n,),
+                             ablation=True),
+        "sddit_plain": Run("SD-DiT's network, nothing hidden, no loss", "EDM", "train_discriminative.py",
+                           [*sd, "--align-weight", 0, "--mask-ratio", 0], (n,), ablation=True),
     }  # fmt: skip
     for run in runs.values():
         at = quarters[1::2] if run.ablation else quarters
@@ -114,10 +129,11 @@ def chosen(a, seed):
 
 def words(a, name, run, seed, steps):
     """The training command, relative to the current folder."""
-    save_every = math.gcd(*run.measured, *run.steps[-1:])
+    twentieth, save_every = a.steps // 20, run.steps[-1] if run.offset else a.steps // 4
+    log_every = twentieth // (4 if twentieth % 4 == 0 else 2 if twentieth % 2 == 0 else 1)
     command = [os.path.relpath(ROOT / run.script), "--data", f"{a.out}/data", "--image-size", a.image_size, "--model", a.model]
     command += ["--steps", steps, "--batch-size", a.batch_size, "--lr", a.lr, "--warmup", a.warmup, "--clip-grad", 1, "--ema-warmup"]
-    command += ["--flip", "--no-qk-norm", "--seed", seed, "--log-every", max(1, a.steps // 80), "--sample-every", 0]
+    command += ["--flip", "--no-qk-norm", "--seed", seed, "--log-every", log_every, "--sample-every", 0]
     command += ["--save-every", save_every, *a.train_flags, *run.flags, "--out", f"{a.out}/{name}-{seed}"]
     return list(map(str, command))
 
@@ -133,6 +149,8 @@ def execute(command, log, threads):
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
         process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=file, text=True, env=environment)
         children.add(process)
+        if stopped:  # the signal may have come before it was in the set
+            process.terminate()
         output, _ = process.communicate()
         children.discard(process)
         file.write(output)
@@ -188,6 +206,31 @@ def measure(a, samples, target, threads):
         target.with_suffix(".partial").rename(target)
 
 
+def keep_to_one_protocol(a):
+    """OUT/protocol.json and OUT/features.json: written once; other settings, archives or features end the program with one line."""
+
+    def sha256(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    path, settings = a.out / "protocol.json", {k: getattr(a, k) for k in FIXED}
+    settings |= {"train_sha256": sha256(a.train), "test_sha256": sha256(a.test)}
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    was = json.loads(path.read_text()) if path.exists() else {**settings, "commit": commit}
+    changed = [key for key, value in settings.items() if was.get(key) != value]
+    if changed:
+        sys.exit(f"{path} is of another comparison ({', '.join(changed)}): use its settings, or another --out")
+    path.write_text(json.dumps(was, indent=1) + "\n")
+    if a.features:
+        beside, path, found = a.features.with_suffix(".json"), a.out / "features.json", sha256(a.features)
+        features = json.loads(beside.read_text()) if beside.exists() else {"sha256": found, "accuracy": {}}
+        if features["sha256"] != found:
+            sys.exit(f"{beside} describes another file than {a.features}")
+        if path.exists() and json.loads(path.read_text())["sha256"] != found:
+            sys.exit(f"{a.features} is not what was measured with: delete statistics.npz, *.json and */distance_* in {a.out} first")
+        path.write_text(json.dumps(features) + "\n")
+
+
 def carry_out(a, name, run, seed):
     """Train, sample, measure; whatever is there already is left as it is."""
     folder = a.out / f"{name}-{seed}"
@@ -224,11 +267,10 @@ def distance(a, name, seed, step):
 def seconds(a, name, seed, step):
     """Seconds of training up to a step, without reading back what was lost, sampling or saving: sum of images / rate over log.jsonl."""
     lines = [json.loads(line) for line in (a.out / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()]
-    total, last = 0.0, 0
+    total, last, rate = 0.0, 0, math.inf
     for line in (line for line in lines if "step" in line and line["step"] <= step):
-        if line["images_per_s"]:  # 0 where a single step was run since the start
-            total += (line["step"] - last) * a.batch_size / line["images_per_s"]
-        last = line["step"]
+        rate = line["images_per_s"] or rate  # 0 where a single step was run since a start
+        total, last = total + (line["step"] - last) * a.batch_size / rate, line["step"]
     return total
 
 
@@ -245,27 +287,26 @@ def collect(a):
     for seed in found:
         for name, run in shown(a, seed):
             points = {step: distance(a, name, seed, step) for step in run.measured}
-            if not run.measured or not all(points.values()):
+            if not points or None in points.values():
                 continue
             before = seconds(a, run.after[0], seed, run.after[1]) if run.after else 0.0
             folder = a.out / f"{name}-{seed}"
             checkpoint = load_checkpoint(folder / "checkpoints" / f"{run.steps[-1]:07d}.pt")
-            start = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+            starts = [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "start" in line]
             results[f"{name}-{seed}"] = {
                 "title": run.title, "noise": run.noise, "seed": seed, "ablation": run.ablation,
-                "command": "python " + " ".join(words(a, name, run, seed, run.steps[-1])),
+                "command": "python " + " ".join(starts[-1]["command"]),
                 "parameters_sampled": sum(v.numel() for k, v in checkpoint["model"].items() if "pos_embed" not in k),
                 "seconds_before": before, "steps_of_the_run_before": run.after[1] if run.after else 0,
                 "points": [
                     {"step": step + run.offset, "seconds": before + seconds(a, name, seed, step), "distance": value}
                     for step, value in points.items()
                 ],
-                "hardware": start["hardware"], "torch": start["torch"],
+                "hardware": starts[-1]["hardware"], "torch": starts[-1]["torch"],
             }  # fmt: skip
-    protocol = {k: getattr(a, k) for k in (*FIXED, "jobs", "accuracy")}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    floor = json.loads((a.out / "floor.json").read_text())
-    protocol |= {"commit": commit, "features_sha256": floor["features"]["sha256"], "num_reference": floor["num_reference"]}
+    protocol, floor = json.loads((a.out / "protocol.json").read_text()), json.loads((a.out / "floor.json").read_text())
+    protocol |= {"measure": "Frechet distance in classifier features, not FID", "num_reference": floor["num_reference"]}
+    protocol["features"] = json.loads((a.out / "features.json").read_text())
     return {"protocol": protocol, "training_images": floor["frechet_distance"], "runs": results}
 
 
@@ -283,7 +324,14 @@ def table(results):
         costs = [run["points"][-1]["seconds"] / unit[run["seed"]] for run in group if run["seed"] in unit]
         cells = [group[0]["title"], group[0]["noise"], f"{group[0]['parameters_sampled'] / 1e6:.2f}", *values]
         lines.append("| " + " | ".join([*cells, f"{sum(costs) / len(costs):.2f}" if costs else ""]) + " |")
-    return "\n".join([*lines, "", f"Training images in place of samples: {results['training_images']:.3f}."]) + "\n"
+    protocol = results["protocol"]
+    accuracy = ", ".join(f"{value:.1%} at {size} px" for size, value in protocol["features"]["accuracy"].items())
+    note = (
+        f"Frechet distance of {protocol['num']} samples to {protocol['num_reference']} test images in the features of a classifier (its "
+        f"accuracy on them: {accuracy or 'not stated'}). This is not FID. "
+        f"Training images in place of samples: {results['training_images']:.3f}."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
 
 
 def font(size):
@@ -293,6 +341,7 @@ def font(size):
 def curves(draw, box, lines, label, numbers):
     """Log-log axes in box (left, top, right, bottom); lines: (colour, dashed, [(x, y), ...]); numbers: at the x axis, or None."""
     left, top, right, bottom = box
+    lines = [(colour, dashed, [(max(x, 1e-3), max(y, 1e-3)) for x, y in points]) for colour, dashed, points in lines]
     xs, ys = ([math.log(p[i]) for *_, points in lines for p in points] for i in (0, 1))
     (x0, x1), (y0, y1) = ((min(v) - 0.04 * (max(v) - min(v) or 1), max(v) + 0.04 * (max(v) - min(v) or 1)) for v in (xs, ys))
 
@@ -300,11 +349,18 @@ def curves(draw, box, lines, label, numbers):
         return left + (math.log(x) - x0) / (x1 - x0) * (right - left), bottom - (math.log(y) - y0) / (y1 - y0) * (bottom - top)
 
     ticks = [m * 10.0**e for e in range(-3, 8) for m in (1, 1.5, 2, 3, 4, 5, 6, 8)]
+
+    def inside(step):
+        """Numbers for the y axis: those ticks, or multiples of step."""
+        low, high = math.exp(y0), math.exp(y1)
+        candidates = [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)] if step else ticks
+        return [t for t in candidates if low <= t <= high]
+
     for x in (t for t in (numbers or ticks) if x0 <= math.log(t) <= x1):
         u = place(x, math.exp(y0))[0]
         draw.line([(u, top), (u, bottom)], "#e4e4e4")
         draw.text((u, bottom + 5), f"{x:g}", "#333333", font(15), "mt")
-    for y in (t for t in ticks if y0 <= math.log(t) <= y1):
+    for y in next(near for step in (0, 1, 0.5, 0.2, 0.1, 0.01) if len(near := inside(step)) > 2 or step == 0.01):
         v = place(math.exp(x0), y)[1]
         draw.line([(left, v), (right, v)], "#e4e4e4")
         draw.text((left - 6, v), f"{y:g}", "#333333", font(15), "rm")
@@ -334,18 +390,15 @@ def figure(a, results, seed):
     lines = {"step": [], "seconds": []}
     for name, run in rows:
         for axis, sink in lines.items():
-            points = [(max(p[axis], 1e-3), p["distance"]) for p in results["runs"][f"{name}-{seed}"]["points"]]
+            points = [(p[axis], p["distance"]) for p in results["runs"][f"{name}-{seed}"]["points"]]
             sink.append((run.colour, run.noise == "EDM", points))
     middle = width // 2
     steps = sorted({p["step"] for run in results["runs"].values() for p in run["points"]})
     curves(draw, (60, 40, middle - 25, 330), lines["step"], "steps", steps)
-    hint = " (Self-Transcendence: with stage 1)" if any(name == "selftranscendence" for name, _ in rows) else ""
-    curves(draw, (middle + 45, 40, width - 20, 330), lines["seconds"], "seconds of training" + hint, None)
-    draw.text((60, 12), "Frechet distance in features of a small CIFAR-10 classifier (not FID); dashed: EDM", "#000000", font(17))
+    curves(draw, (middle + 45, 40, width - 20, 330), lines["seconds"], "seconds of training, stage 1 included", None)
+    draw.text((60, 12), "Frechet distance in features of a small CIFAR-10 classifier (not FID). Dashed: EDM", "#000000", font(17))
     x, y = 60, 372
-    for name, run in rows:
-        if name == "maskdit_tuned":  # one point in MaskDiT's colour
-            continue
+    for _, run in rows:
         length = font(15).getlength(run.title) + 50
         if x + length > width:
             x, y = 60, y + 22
@@ -355,8 +408,8 @@ def figure(a, results, seed):
     for row, (name, run) in enumerate(rows):
         y = top + row * (cell + gap)
         value = results["runs"][f"{name}-{seed}"]["points"][-1]["distance"]
-        draw.text((10, y + cell / 2 - 10), run.title, "#000000", font(15), "lm")
-        draw.text((10, y + cell / 2 + 10), f"{value:.2f}", "#555555", font(15), "lm")
+        text = "\n".join([*textwrap.wrap(run.title, 26), f"{value:.2f}"])
+        draw.multiline_text((10, y + cell / 2), text, "#000000", font(15), "lm", spacing=3)
         with np.load(a.out / f"{name}-{seed}" / f"samples_{run.measured[-1]:07d}" / "samples.npz") as file:
             pictures = file["arr_0"][:PER_PICTURE]
         for k, pixels in enumerate(pictures):
@@ -388,7 +441,6 @@ def parse_args(argv=None):
     add("--train", type=Path, help="archive of training images")
     add("--test", type=Path, help="archive of test images")
     add("--features", type=Path, help="TorchScript module for fid.py; without it the runs are trained and sampled, not yet measured")
-    add("--accuracy", type=float, help="of the classifier on the test images: only reported")
     add("--out", type=Path, default=Path("results/compare"))
     add("--image-size", type=int, default=16)
     add("--per-class", type=int, default=1000, help="training images of each class; 0: all")
@@ -417,14 +469,17 @@ def parse_args(argv=None):
 def main():
     a = parse_args()
     if a.report:
+        if not (a.out / "protocol.json").exists() or not (a.out / "floor.json").exists():
+            sys.exit(f"{a.out}: nothing measured there yet")
         for key, value in json.loads((a.out / "protocol.json").read_text()).items():
             setattr(a, key, value)
         return report(a)
     a.out.mkdir(parents=True, exist_ok=True)
-    fixed, path = json.dumps({k: getattr(a, k) for k in FIXED}, indent=1), a.out / "protocol.json"
-    if path.exists() and path.read_text() != fixed:
-        sys.exit(f"{path} is of another comparison: use its flags, or another --out")
-    path.write_text(fixed)
+    try:
+        lock = hold_lock(a.out / "lock")
+    except ValueError as error:
+        sys.exit(error)
+    keep_to_one_protocol(a)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     prepare(a)
@@ -444,6 +499,7 @@ def main():
         print(error, file=sys.stderr)
     if a.features:
         report(a)
+    lock.close()
     if errors or stopped:
         sys.exit("not finished: the same command goes on from here")
 

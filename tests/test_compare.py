@@ -13,7 +13,7 @@ import compare
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from train_sra import SHAPES, draw_shape
 
@@ -46,15 +46,18 @@ def plan(*flags):
 
 def test_the_runs_differ_in_their_method_alone():
     arguments, runs = plan("--ablations")
-    common = []
+    parsed = {}
     for name, run in runs.items():
         words = compare.words(arguments, name, run, 0, run.steps[-1])
-        importlib.import_module(Path(words[0]).stem).parse_args(words[1:])  # it knows all of these flags
-        shared = words[1 : len(words) - len(run.flags) - 2]
-        for flag in ("--steps", "--save-every"):
-            del shared[shared.index(flag) : shared.index(flag) + 2]
-        common.append(shared)
-    assert len(common) == 15 and all(words == common[0] for words in common)
+        parsed[name] = vars(importlib.import_module(Path(words[0]).stem).parse_args(words[1:]))
+    scaffold = set.intersection(*(set(settings) for settings in parsed.values())) - {"out", "align_weight"}
+    differing = {name: {k for k in scaffold if settings[k] != parsed["vanilla"][k]} for name, settings in parsed.items()}
+    edm = {name for name, run in runs.items() if run.noise == "EDM"}
+    assert differing.pop("maskdit_tuned") == {"diffusion", "steps", "lr", "warmup", "save_every", "ema_warmup", "ema_decay"}
+    assert all(keys == ({"diffusion"} if name in edm else set()) for name, keys in differing.items())
+    assert all(parsed[name]["diffusion"] == ("edm" if name in edm else "flow") for name in parsed)
+    assert parsed["maskdit_tuned"]["ema_decay"] == 3801 / 3810 and parsed["vanilla"]["ema_warmup"]
+    assert len(runs) == 16
     assert runs["stage1"].steps == (2000, 4000) and runs["selftranscendence"].after == ("stage1", 2000)
     assert "--stop-step" in runs["selftranscendence"].flags and 1000 in runs["selftranscendence"].flags
     assert runs["maskdit"].steps == (3800, 4000) and runs["maskdit_tuned"].steps == (200,) and runs["maskdit_tuned"].offset == 3800
@@ -72,12 +75,12 @@ def test_a_comparison_stopped_and_continued(command, tmp_path):
     out, words = tmp_path / "out", [*command, "--runs", "vanilla", "selftranscendence", "--jobs", "2"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
-    while not list(out.glob("vanilla-0/distance_0000005.json")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not list(out.glob("*-0/distance_0000005.json")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) != 0
-    early = {path: path.stat().st_mtime_ns for path in out.glob("*-0/**/*.pt")}
-    assert early
+    early = {path: path.stat().st_mtime_ns for part in ("*.pt", "samples.npz", "distance_*.json") for path in out.glob(f"*-0/**/{part}")}
+    assert len(early) > 2
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(path.stat().st_mtime_ns == time for path, time in early.items())
@@ -91,5 +94,52 @@ def test_a_comparison_stopped_and_continued(command, tmp_path):
     assert (out / "logs" / "vanilla-0.jsonl").read_bytes() == (out / "vanilla-0" / "log.jsonl").read_bytes()
     with Image.open(out / "figure.png") as image:
         assert image.width > 12 * 64 and len(image.convert("RGB").getcolors(2**20)) > 20
+    assert "not FID" in (out / "table.md").read_text() and results["protocol"]["features"]["sha256"]
     other = subprocess.run([*words, "--lr", "1"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert other.returncode and "another comparison" in other.stderr
+    assert other.returncode and "another comparison (lr)" in other.stderr
+    with open(tmp_path / "features.pt", "ab") as file:
+        file.write(b" ")
+    other = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert other.returncode and "is not what was measured with" in other.stderr
+
+
+def lay_out(out, name, seconds_per_image, distances):
+    """A finished run, as its files are left: stopped once, and gone on from step 500; some steps were run again."""
+    folder = out / f"{name}-0"
+    folder.mkdir()
+    rates = [(250, 1 / seconds_per_image), (500, 1 / seconds_per_image), (501, 0), (1000, 1 / seconds_per_image)]
+    rates += [(step, 1 / seconds_per_image) for step in range(1250, 4001, 250)]
+    lines = [{"start": 0}, *({"step": step, "images_per_s": rate} for step, rate in rates)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step, value in distances.items():
+        (folder / f"distance_{step:07d}.json").write_text(json.dumps({"frechet_distance": value}))
+
+
+def test_seconds_are_those_of_the_images(tmp_path):
+    arguments, _ = plan("--out", str(tmp_path))
+    lay_out(tmp_path, "vanilla", 0.01, {1000: 3.0})
+    assert compare.seconds(arguments, "vanilla", 0, 1000) == pytest.approx(0.01 * 1000 * arguments.batch_size)
+    assert compare.seconds(arguments, "vanilla", 0, 4000) == pytest.approx(0.01 * 4000 * arguments.batch_size)
+    assert compare.distance(arguments, "vanilla", 0, 1000) == 3.0 and compare.distance(arguments, "vanilla", 0, 2000) is None
+
+
+def row(title, seed, cost, distances, ablation=False):
+    points = [{"step": step, "seconds": cost * step, "distance": value} for step, value in distances.items()]
+    return {"title": title, "noise": "flow", "seed": seed, "ablation": ablation, "parameters_sampled": 1.9e6, "points": points}
+
+
+def test_table_and_curves_of_odd_results():
+    protocol = {"num": 10, "num_reference": 40, "features": {"accuracy": {"32": 0.9}}}
+    runs = {"odd-0": row("odd", 0, 2, {2: 0.0, 4: 1.25}, ablation=True), "vanilla-0": row("plain", 0, 1, {1: 3, 4: 2.0})}
+    runs |= {"vanilla-1": row("plain", 1, 3, {1: 5, 4: 4.0}), "late-1": row("late", 1, 6, {4: 7.0})}
+    lines = compare.table({"runs": runs, "protocol": protocol, "training_images": 0.5}).splitlines()
+    assert lines[2] == "| plain | flow | 1.90 | 3.00 / 5.00 |  | 2.00 / 4.00 | 1.00 |"
+    assert lines[3] == "| late | flow | 1.90 |  |  | 7.00 | 2.00 |"
+    assert lines[4] == "| odd | flow | 1.90 |  | 0.00 | 1.25 | 2.00 |"
+    assert "90.0% at 32 px" in lines[-1] and "0.500" in lines[-1]
+    del runs["vanilla-0"], runs["vanilla-1"]
+    assert compare.table({"runs": runs, "protocol": protocol, "training_images": 0.5}).splitlines()[3].endswith("1.25 |  |")
+    for points in ([(1, 2.0)], [(1, 0.0), (2, -1e-9)], [(1, 6.1), (2, 7.9)], [(1, 1.0), (9, 900.0)]):
+        image = Image.new("RGB", (300, 200), "white")
+        compare.curves(ImageDraw.Draw(image), (60, 10, 290, 150), [("#ff0000", True, points)], "steps", None)
+        assert any(colour == (255, 0, 0) for _, colour in image.getcolors(2**16))

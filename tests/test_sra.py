@@ -44,15 +44,12 @@ def watch(method):
 def test_without_head_features_meet_features(golden):
     g = golden("sra_loss")
     i, flow = g.inputs, Flow()
-    method = method_for(g, flow, "--label-drop", "0")
+    method = SRA(parse_args(["--head", "none"]), method_for(g, flow).model.config, flow)
     seen = watch(method)
-    method.head = torch.nn.Identity()
-    method.head.register_forward_hook(lambda module, inputs, output: seen.update(plain=output))
     terms = method(i["x0"], i["y"], t=i["t"], noise=i["noise"], u=i["u"], drop=i["drop_u"])
-    assert torch.equal(terms["align"], DISTANCES["smooth-l1"](seen["plain"], seen["tokens"]))
-    config = method.model.config
-    bare = SRA(parse_args(["--head", "none"]), config, flow)
-    assert not list(bare.head.parameters()) and "align" in bare(i["x0"], i["y"])
+    features = method.model(seen["x_t"], i["t"], seen["y"], features=(method.student_block,))[1][method.student_block]
+    assert not list(method.head.parameters()) and set(terms) == {"loss", "denoise", "align"}
+    assert torch.equal(terms["align"], DISTANCES["smooth-l1"](features, seen["tokens"]))
 
 
 def test_sra_loss(golden):
