@@ -1,18 +1,19 @@
 """Train a small CIFAR-10 classifier and save it, without its last layer, as a TorchScript module for `fid.py --features`.
 
     python tests/cifar10_features.py --train cifar10-train.zip --test cifar10-test.zip --out features.pt
-    ... --init features.pt --epochs 7 --lr 0.08                                                          goes on from there
+    ... --image-size 16                       for samples of that size: one trained on 32 pixels sees little in images of 16 made larger
 
-The archives hold SPLIT/CLASS/NAME.jpg, 32 x 32 pixels. The module takes uint8 images (N, 3, H, W) and gives float features (N, 8 * width);
-other sizes are resized to 32 x 32 (bilinear, antialiased). A ResNet-9 with label smoothing and mirrored, shifted images. Its accuracy on
-the test images, as they are and made 16 pixels wide first, goes to features.json: quote it beside every distance. The test images choose
-nothing here but, perhaps, how long one goes on. Distances in these features are not FID.
+The archives hold SPLIT/CLASS/NAME.jpg, 32 x 32 pixels; other image sizes are made as the training scripts make them. The module takes uint8
+images (N, 3, H, W) and gives float features (N, 8 * width); other sizes are resized to that of its training (bilinear, antialiased). A
+ResNet-9 with label smoothing and mirrored, shifted images. Its accuracy on the test images of its size goes to features.json: quote it
+beside every distance. Distances in these features are not FID.
 """
 
 import argparse
 import hashlib
 import io
 import json
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -23,12 +24,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-def load(path):
-    """uint8 images (N, 3, 32, 32) and int64 labels (N,), classes in alphabetical order."""
+from train_sra import center_crop  # noqa: E402
+
+
+def load(path, size):
+    """uint8 images (N, 3, size, size) and int64 labels (N,), classes in alphabetical order."""
     with zipfile.ZipFile(path) as archive:
         names = sorted(n for n in archive.namelist() if n.endswith(".jpg"))
-        images = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(n)))) for n in names])
+        images = np.stack([np.asarray(center_crop(Image.open(io.BytesIO(archive.read(n))).convert("RGB"), size)) for n in names])
     groups = [n.split("/")[-2] for n in names]
     labels = np.unique(groups, return_inverse=True)[1]
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
@@ -61,36 +66,30 @@ class ResNet9(nn.Module):
 
 
 class Extractor(nn.Module):
-    def __init__(self, net):
+    def __init__(self, net, size: int):
         super().__init__()
-        self.net = net
+        self.net, self.size = net, size
 
     def forward(self, x):
         x = x.float() / 127.5 - 1.0
-        if x.shape[-1] != 32 or x.shape[-2] != 32:
-            x = F.interpolate(x, size=[32, 32], mode="bilinear", align_corners=False, antialias=True)
+        if x.shape[-1] != self.size or x.shape[-2] != self.size:
+            x = F.interpolate(x, size=[self.size, self.size], mode="bilinear", align_corners=False, antialias=True)
         return self.net.features(x)
 
 
 def augment(images):
-    """Each image (N, 3, 32, 32) shifted by up to four pixels, at random, and mirrored or not."""
-    n, device = len(images), images.device
-    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
-    rows, columns = (torch.randint(0, 9, (n, 1), device=device) + torch.arange(32, device=device) for _ in range(2))  # (N, 32)
-    columns = torch.where(torch.rand(n, 1, device=device) < 0.5, columns.flip(1), columns)
-    index = torch.arange(n, device=device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # channels last
+    """Images (N, 3, S, S), all shifted alike by up to an eighth of their side, and each mirrored or not."""
+    size, most = images.shape[-1], images.shape[-1] // 8
+    down, right = torch.randint(0, 2 * most + 1, (2,)).tolist()
+    images = F.pad(images, (most, most, most, most), mode="reflect")[:, :, down : down + size, right : right + size]
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flip, images.flip(3), images).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
-def accuracy(net, images, labels, size=32):
-    """Share of uint8 images (N, 3, 32, 32) whose class is found, seen through `size` pixels."""
-    right = 0
-    for x, y in zip(images.split(500), labels.split(500)):
-        x = x.float() / 127.5 - 1
-        for side in (size, 32) if size != 32 else ():
-            x = F.interpolate(x, size=[side, side], mode="bilinear", align_corners=False, antialias=True)
-        right += (net(x).argmax(1) == y).sum().item()
+def accuracy(net, images, labels):
+    """Share of uint8 images (N, 3, S, S) whose class is found."""
+    right = sum((net(x.float() / 127.5 - 1).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
     return right / len(images)
 
 
@@ -100,23 +99,20 @@ def main():
     add("--train", required=True)
     add("--test", required=True)
     add("--out", type=Path, required=True)
-    add("--init", help="a module saved by this script")
+    add("--image-size", type=int, default=32)
     add("--width", type=int, default=24)
-    add("--epochs", type=int, default=10, help="0, with --init: only its accuracy")
+    add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=256)
-    add("--lr", type=float, default=0.3, help="its highest, after a quarter of the steps")
+    add("--lr", type=float, default=0.1, help="its highest, after a quarter of the steps")
     add("--seed", type=int, default=0)
     a = parser.parse_args()
     torch.manual_seed(a.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (x, y), (x_test, y_test) = ([t.to(device) for t in load(f)] for f in (a.train, a.test))
-    net = ResNet9(a.width)
-    if a.init:
-        net.load_state_dict({k.removeprefix("net."): v for k, v in torch.jit.load(a.init, map_location="cpu").state_dict().items()})
-    net = net.to(device, memory_format=torch.channels_last)
+    (x, y), (x_test, y_test) = ([t.to(device) for t in load(f, a.image_size)] for f in (a.train, a.test))
+    net = ResNet9(a.width).to(device, memory_format=torch.channels_last)
     steps = a.epochs * (len(x) // a.batch_size)
     optimizer = torch.optim.SGD(net.parameters(), lr=a.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=steps, pct_start=0.25) if steps else None
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=steps, pct_start=0.25)
     start = time.time()
     for epoch in range(a.epochs):
         net.train()
@@ -130,11 +126,12 @@ def main():
             schedule.step()
         found, seconds = accuracy(net.eval(), x_test, y_test), time.time() - start
         print(f"epoch {epoch + 1}/{a.epochs}  loss {loss.item():.3f}  test accuracy {found:.4f}  {seconds:.0f} s", flush=True)
-    found = {str(size): accuracy(net.eval(), x_test, y_test, size) for size in (32, 16)}
-    torch.jit.script(Extractor(net.cpu().to(memory_format=torch.contiguous_format)).eval()).save(a.out)
-    description = {"sha256": hashlib.sha256(a.out.read_bytes()).hexdigest(), "accuracy": found, "command": vars(a) | {"out": str(a.out)}}
+    module = torch.jit.script(Extractor(net.cpu().to(memory_format=torch.contiguous_format), a.image_size).eval())
+    module.save(a.out)
+    settings = {k: v for k, v in vars(a).items() if k not in ("train", "test", "out")}
+    description = {"sha256": hashlib.sha256(a.out.read_bytes()).hexdigest(), "accuracy": found, "features": 8 * a.width, **settings}
     a.out.with_suffix(".json").write_text(json.dumps(description) + "\n")
-    print(f"saved {a.out}: {8 * a.width} features, test accuracy {found}")
+    print(f"saved {a.out}: {8 * a.width} features")
 
 
 if __name__ == "__main__":

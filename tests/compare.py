@@ -223,7 +223,7 @@ def keep_to_one_protocol(a):
     path.write_text(json.dumps(was, indent=1) + "\n")
     if a.features:
         beside, path, found = a.features.with_suffix(".json"), a.out / "features.json", sha256(a.features)
-        features = json.loads(beside.read_text()) if beside.exists() else {"sha256": found, "accuracy": {}}
+        features = json.loads(beside.read_text()) if beside.exists() else {"sha256": found}
         if features["sha256"] != found:
             sys.exit(f"{beside} describes another file than {a.features}")
         if path.exists() and json.loads(path.read_text())["sha256"] != found:
@@ -325,10 +325,10 @@ def table(results):
         cells = [group[0]["title"], group[0]["noise"], f"{group[0]['parameters_sampled'] / 1e6:.2f}", *values]
         lines.append("| " + " | ".join([*cells, f"{sum(costs) / len(costs):.2f}" if costs else ""]) + " |")
     protocol = results["protocol"]
-    accuracy = ", ".join(f"{value:.1%} at {size} px" for size, value in protocol["features"]["accuracy"].items())
+    accuracy = f"{protocol['features']['accuracy']:.1%}" if protocol["features"].get("accuracy") else "not stated"
     note = (
         f"Frechet distance of {protocol['num']} samples to {protocol['num_reference']} test images in the features of a classifier (its "
-        f"accuracy on them: {accuracy or 'not stated'}). This is not FID. "
+        f"accuracy on them: {accuracy}). This is not FID. "
         f"Training images in place of samples: {results['training_images']:.3f}."
     )
     return "\n".join([*lines, "", note]) + "\n"
