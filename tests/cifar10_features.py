@@ -26,7 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_sra import center_crop  # noqa: E402
+from train_sra import center_crop
 
 
 def load(path, size):
