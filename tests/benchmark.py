@@ -454,6 +454,7 @@ def main():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--diffusion", choices=("flow", "gvp"), default="flow", help="of vanilla and SRA")
     parser.add_argument("--batch-size", type=int, default=128 if cuda else 16)
+    parser.add_argument("--input-size", type=int, default=32, help="side of latents, or of images on a CPU")
     parser.add_argument("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
     parser.add_argument("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
     parser.add_argument("--count", action="store_true", help="only: count operations, bytes and memory of a step, of S/2, B/2 and XL/2")
@@ -480,7 +481,7 @@ def main():
     print(f"{columns} {'worst':>6} {'outside':>8}" + "    MFU" * cuda)
     folder = tempfile.TemporaryDirectory()
     for model in args.models:
-        shape = {"input_size": 32, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
+        shape = {"input_size": args.input_size, "in_channels": 4 if cuda else 3, "num_classes": 1000 if cuda else 10}
         network = {**shape, **parse_model(model), "learn_sigma": False}
         args.teacher = save_teacher(Path(folder.name, "teacher.pt"), network, args.diffusion)
         compile_modes = {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
