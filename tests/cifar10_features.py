@@ -106,6 +106,11 @@ def main():
     add("--lr", type=float, default=0.1, help="its highest, after a quarter of the steps")
     add("--seed", type=int, default=0)
     a = parser.parse_args()
+    for path in (a.train, a.test):
+        if not zipfile.is_zipfile(path):
+            parser.error(f"{path}: no such archive, or not a zip file")
+    if a.epochs < 1:
+        parser.error(f"--epochs {a.epochs}: must be at least 1")
     torch.manual_seed(a.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     (x, y), (x_test, y_test) = ([t.to(device) for t in load(f, a.image_size)] for f in (a.train, a.test))

@@ -1,6 +1,6 @@
 """Vanilla and the five methods side by side: same encoder, images, batch, learning rate, EMA, seed and sampler, equal steps.
 
-    python tests/compare.py --train cifar10-train.zip --test cifar10-test.zip --features features.pt --steps 2000 --jobs 2 --threads 1
+    python tests/compare.py --train cifar10-train.zip --test cifar10-test.zip --features features.pt --jobs 2 --threads 1
     ... --ablations                            also the runs that would give a wrong implementation away
     ... --seeds 0 1                            each run with two seeds
     ... --report                               no runs: results.json, table.md, figure.png and logs/ from what is there
@@ -175,7 +175,10 @@ def prepare(a):
         shutil.rmtree(partial, ignore_errors=True)
         with zipfile.ZipFile(archive) as file:
             for name in sorted(n for n in file.namelist() if n.lower().endswith((".jpg", ".jpeg", ".png"))):
-                group, base = name.split("/")[-2:]
+                parts = name.split("/")
+                if len(parts) < 2 or {"", ".", ".."} & set(parts):
+                    sys.exit(f"{archive}: {name} is not SPLIT/CLASS/NAME")
+                group, base = parts[-2:]
                 if limit and count.get(group, 0) >= limit:
                     continue
                 count[group] = count.get(group, 0) + 1
@@ -186,8 +189,8 @@ def prepare(a):
     for folder, target, limit in (("test", "reference.npz", None), ("data", "floor.npz", a.num)):
         if not (a.out / target).exists():
             images = Images(str(a.out / folder), a.image_size, 0, 1)
-            chosen = range(len(images)) if limit is None else np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
-            array = np.stack([images[int(k), False][0].numpy().transpose(1, 2, 0) for k in chosen])
+            indices = range(len(images)) if limit is None else np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+            array = np.stack([images[int(k), False][0].numpy().transpose(1, 2, 0) for k in indices])
             np.savez(a.out / "partial.npz", arr_0=array)
             (a.out / "partial.npz").rename(a.out / target)
     if not a.features:
@@ -265,7 +268,7 @@ def distance(a, name, seed, step):
 
 
 def seconds(a, name, seed, step):
-    """Seconds of training up to a step, without reading back what was lost, sampling or saving: sum of images / rate over log.jsonl."""
+    """Seconds of training up to a step: sum of images / rate over log.jsonl; what was lost in a stop, sampling and saving do not count."""
     lines = [json.loads(line) for line in (a.out / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()]
     total, last, rate = 0.0, 0, math.inf
     for line in (line for line in lines if "step" in line and line["step"] <= step):
@@ -445,11 +448,11 @@ def parse_args(argv=None):
     add("--image-size", type=int, default=16)
     add("--per-class", type=int, default=1000, help="training images of each class; 0: all")
     add("--model", default="DiT-Ti/4")
-    add("--steps", type=int, default=4000, help="a multiple of 20")
+    add("--steps", type=int, default=2000, help="a multiple of 20")
     add("--batch-size", type=int, default=64)
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=100)
-    add("--num", type=int, default=2000, help="samples a measurement")
+    add("--num", type=int, default=1000, help="samples a measurement")
     add("--solver-steps", type=int, default=12, help="of Heun's method")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--runs", nargs="+", help="these only, and what they need")
@@ -463,6 +466,11 @@ def parse_args(argv=None):
         parser.error(f"--steps {a.steps}: must be a multiple of 20")
     if not a.report and not (a.train and a.test):
         parser.error("--train and --test are needed")
+    for path in (a.train, a.test):
+        if not a.report and not zipfile.is_zipfile(path):
+            parser.error(f"{path}: no such archive, or not a zip file")
+    if a.features and not a.features.is_file():
+        parser.error(f"--features {a.features}: no such file")
     return a
 
 
@@ -482,7 +490,10 @@ def main():
     keep_to_one_protocol(a)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    prepare(a)
+    try:
+        prepare(a)
+    except RuntimeError as error:
+        sys.exit(f"{error}")
     with ThreadPoolExecutor(a.jobs) as pool:
         tasks = {}  # in order: a task waits only for those that were started before it
 

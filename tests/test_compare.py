@@ -40,8 +40,26 @@ def command(tmp_path):
 
 
 def plan(*flags):
-    arguments = compare.parse_args(["--train", "a", "--test", "b", "--features", "c", "--steps", "4000", *flags])
+    arguments = compare.parse_args(["--report", "--steps", "4000", *flags])
     return arguments, compare.chosen(arguments, 0)
+
+
+@pytest.mark.parametrize("name", ["train/../image.png", "image.png", "/image.png"])
+def test_an_archive_names_no_other_places(name, command, tmp_path):
+    with zipfile.ZipFile(tmp_path / "train.zip", "a") as archive:
+        archive.writestr(name, (tmp_path / "image.png").read_bytes())
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode and f"{name} is not SPLIT/CLASS/NAME" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*.png"))
+
+
+def test_missing_files_are_one_line(command, tmp_path):
+    for name in ("train.zip", "features.pt"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and name in done.stderr and "no such" in done.stderr and not (tmp_path / "out").exists()
+        (tmp_path / name).write_bytes(kept)
 
 
 def test_the_runs_differ_in_their_method_alone():
