@@ -22,7 +22,9 @@ import torch
 
 def seed_of(*keys):
     """A 63-bit seed that depends on every integer (>= 0) in keys and on their number, e.g. (seed, rank, step)."""
-    return int(np.random.SeedSequence([*keys, len(keys)]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence([*keys, len(keys)]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )
 
 
 def per_image(values, x):
@@ -72,7 +74,12 @@ class Flow(Diffusion):
         if self.path == "linear":
             return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
         half = math.pi / 2
-        return torch.cos(half * t), torch.sin(half * t), -half * torch.sin(half * t), half * torch.cos(half * t)
+        return (
+            torch.cos(half * t),
+            torch.sin(half * t),
+            -half * torch.sin(half * t),
+            half * torch.cos(half * t),
+        )
 
     def draw_t(self, n, device):
         """Training times, uniform in [0, 1): (n,)."""
@@ -115,14 +122,21 @@ class Flow(Diffusion):
 class EDM(Diffusion):
     """Preconditioned denoiser of EDM (Table 1, column "ours"): x = x_0 + sigma eps, log sigma ~ Normal(p_mean, p_std)."""
 
-    def __init__(self, p_mean=-1.2, p_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0):
+    def __init__(
+        self, p_mean=-1.2, p_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0
+    ):
         self.p_mean, self.p_std, self.sigma_data = p_mean, p_std, sigma_data
         self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
 
     def preconditioning(self, sigma):
         """c_skip, c_out, c_in, c_noise: EDM Table 1."""
         total = sigma.square() + self.sigma_data**2
-        return self.sigma_data**2 / total, sigma * self.sigma_data * total.rsqrt(), total.rsqrt(), sigma.log() / 4
+        return (
+            self.sigma_data**2 / total,
+            sigma * self.sigma_data * total.rsqrt(),
+            total.rsqrt(),
+            sigma.log() / 4,
+        )
 
     def draw_t(self, n, device):
         """Training noise levels sigma (n,)."""
@@ -142,7 +156,9 @@ class EDM(Diffusion):
         small sigma: (sigma / sigma_data x_0 - sigma_data eps) / sqrt(sigma^2 + sigma_data^2).
         """
         sigma = per_image(t, x0)
-        return (sigma / self.sigma_data * x0 - self.sigma_data * noise) * (sigma.square() + self.sigma_data**2).rsqrt()
+        return (sigma / self.sigma_data * x0 - self.sigma_data * noise) * (
+            sigma.square() + self.sigma_data**2
+        ).rsqrt()
 
     def denoise(self, out, x_t, t):
         """D(x; sigma) = c_skip x + c_out F: EDM eq. 7."""
@@ -160,7 +176,9 @@ class EDM(Diffusion):
         """EDM eq. 5: sigma_max to sigma_min, then 0; steps + 1 values, float64."""
         ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])
+        return torch.cat(
+            [(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)]
+        )
 
 
 class DDPM(Diffusion):
@@ -176,7 +194,9 @@ class DDPM(Diffusion):
         self.clip, self.strided = clip, strided
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         # Index t + 1, so that index 0 is clean data (t = -1) with an abar of 1.
-        self.cumulative = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
+        self.cumulative = torch.cat(
+            [torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)]
+        )
 
     def abar(self, t):
         """Cumulative product of 1 - beta at integer steps t, 1 at t = -1: float64, on the device of t (the table moves there once)."""
@@ -195,7 +215,9 @@ class DDPM(Diffusion):
         mean_x0 = beta * abar_prev.sqrt() / (1 - abar)
         mean_xt = (1 - abar_prev) * (1 - beta).sqrt() / (1 - abar)
         one, zero = torch.ones_like(t), torch.zeros_like(t)
-        variance_1 = (1 - self.abar(one) / self.abar(zero)) * (1 - self.abar(zero)) / (1 - self.abar(one))
+        variance_1 = (
+            (1 - self.abar(one) / self.abar(zero)) * (1 - self.abar(zero)) / (1 - self.abar(one))
+        )
         variance = torch.where(t_prev < 0, variance_1, beta * (1 - abar_prev) / (1 - abar))
         return mean_x0, mean_xt, beta.log(), variance.log()
 
@@ -231,13 +253,19 @@ class DDPM(Diffusion):
         mean_x0, mean_xt, log_q = (per_image(v, x0) for v in (mean_x0, mean_xt, log_q))
         x0_hat = self.unclipped(eps.detach(), x_t, t)
         difference = mean_x0 * (x0 - x0_hat)
-        kl = 0.5 * (log_p - log_q - 1 + (log_q - log_p).exp() + difference.square() * (-log_p).exp())
-        likelihood = discretized_gaussian_log_likelihood(x0, mean_x0 * x0_hat + mean_xt * x_t, 0.5 * log_p)
+        kl = 0.5 * (
+            log_p - log_q - 1 + (log_q - log_p).exp() + difference.square() * (-log_p).exp()
+        )
+        likelihood = discretized_gaussian_log_likelihood(
+            x0, mean_x0 * x0_hat + mean_xt * x_t, 0.5 * log_p
+        )
         return torch.where(per_image(t, x0) == 0, -likelihood, kl) / math.log(2)
 
     def loss(self, out, x0, noise, t):
         """Squared error of the noise plus the variational bound, per element: DiT's training loss."""
-        return super().loss(out[:, : x0.shape[1]], x0, noise, t) + self.variational_bound(out, x0, noise, t)
+        return super().loss(out[:, : x0.shape[1]], x0, noise, t) + self.variational_bound(
+            out, x0, noise, t
+        )
 
     def unclipped(self, eps, x_t, t):
         abar = self.abar(t)
@@ -251,7 +279,9 @@ class DDPM(Diffusion):
     def velocity(self, out, x_t, t):
         """dz/dclock: the predicted noise, recomputed from x_0 so that clipping counts. DDIM eq. 13-14."""
         abar = self.abar(t)
-        return (x_t - per_image(abar.sqrt(), x_t) * self.denoise(out, x_t, t)) / per_image((1 - abar).sqrt(), x_t)
+        return (x_t - per_image(abar.sqrt(), x_t) * self.denoise(out, x_t, t)) / per_image(
+            (1 - abar).sqrt(), x_t
+        )
 
     def clock(self, t):
         return ((1 - self.abar(t)) / self.abar(t)).sqrt()
@@ -312,19 +342,33 @@ class Guided:
         if scale == math.inf:
             raise ValueError("guidance must be finite")
         if not scale >= 1:
-            raise ValueError(f"guidance {scale:g} is below 1: that would push samples away from their class; 1 turns guidance off")
+            raise ValueError(
+                f"guidance {scale:g} is below 1: that would push samples away from their class; 1 turns guidance off"
+            )
         if not interval[0] < interval[1]:
-            raise ValueError(f"guidance interval {interval[0]:g} .. {interval[1]:g} is empty: the first time must be below the second")
+            raise ValueError(
+                f"guidance interval {interval[0]:g} .. {interval[1]:g} is empty: the first time must be below the second"
+            )
         if channels is not None and channels < 1:
             raise ValueError(f"guidance on {channels} channels: must be at least 1")
-        self.net, self.scale, self.null_label, self.interval, self.channels = net, scale, null_label, interval, channels
+        self.net, self.scale, self.null_label, self.interval, self.channels = (
+            net,
+            scale,
+            null_label,
+            interval,
+            channels,
+        )
 
     def at(self, t):
         """The network for a sampling step that starts at time t."""
         return self if self.scale != 1 and self.interval[0] <= t <= self.interval[1] else self.net
 
     def __call__(self, x, t, y):
-        out = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.null_label)]))
+        out = self.net(
+            torch.cat([x, x]),
+            torch.cat([t, t]),
+            torch.cat([y, torch.full_like(y, self.null_label)]),
+        )
         conditional, unconditional = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
         k = min(self.channels or x.shape[1], x.shape[1])
         guided = unconditional[:, :k] + self.scale * (conditional[:, :k] - unconditional[:, :k])
@@ -345,7 +389,9 @@ class ImageNoise:
         self.shape, self.device = tuple(shape), device
 
     def __call__(self):
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(
+            self.device
+        )
 
     def choice(self, values):
         """One of values per image, uniformly: (N,) int64."""
@@ -358,7 +404,9 @@ def network_output(net, diffusion, x, t, y, dtype, start=None):
 
     start: when the step began, if not at t; guidance intervals go by it (in REPA too a Heun correction follows the start of its step).
     """
-    t_batch = torch.full((len(x),), t, device=x.device, dtype=torch.int64 if isinstance(t, int) else torch.float64)
+    t_batch = torch.full(
+        (len(x),), t, device=x.device, dtype=torch.int64 if isinstance(t, int) else torch.float64
+    )
     x_in, t_in = diffusion.net_inputs(x, t_batch)
     if isinstance(net, Guided):
         net = net.at(t if start is None else start)
@@ -375,7 +423,11 @@ def sample_ode(net, diffusion, noise, y, steps, solver="heun", dtype=torch.float
     if solver not in ("euler", "heun"):
         raise ValueError(f"unknown ODE solver {solver!r}: choose euler or heun")
     grid = diffusion.times(steps)
-    times, clock, scale = grid.tolist(), diffusion.clock(grid).tolist(), diffusion.scale(grid).tolist()
+    times, clock, scale = (
+        grid.tolist(),
+        diffusion.clock(grid).tolist(),
+        diffusion.scale(grid).tolist(),
+    )
     x = diffusion.start(noise.double())
     for i in range(steps):
         z, step = x / scale[i], clock[i + 1] - clock[i]
@@ -426,7 +478,19 @@ def ancestral(net, diffusion, noise, y, steps, draw, dtype):
     return x
 
 
-def stochastic_heun(net, diffusion, noise, y, steps, draw, dtype, S_churn=40.0, S_min=0.0, S_max=math.inf, S_noise=1.0):
+def stochastic_heun(
+    net,
+    diffusion,
+    noise,
+    y,
+    steps,
+    draw,
+    dtype,
+    S_churn=40.0,
+    S_min=0.0,
+    S_max=math.inf,
+    S_noise=1.0,
+):
     """EDM Algorithm 2. One draw a step, also where the churn is zero, as in the official code."""
     x = diffusion.start(noise.double())
     for i, (t, t_next) in enumerate(pairwise(diffusion.times(steps).tolist())):

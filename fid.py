@@ -56,10 +56,20 @@ from tqdm import tqdm
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"  # first digits, as in the file name
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # whatever the suffix: Pillow hands other formats to other programs
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+)  # whatever the suffix: Pillow hands other formats to other programs
 MAX_PIXELS = 2**24  # of an image, 4096 x 4096: a small file may claim, and inflate to, any size
 MAX_STATISTICS = 2**30  # bytes of an array of statistics: a covariance of 11,585 dimensions
-METRICS = {"fid": ["fid"], "sfid": ["sfid"], "is": ["inception_score"], "pr": ["precision", "recall"]}  # flag: results
+METRICS = {
+    "fid": ["fid"],
+    "sfid": ["sfid"],
+    "is": ["inception_score"],
+    "pr": ["precision", "recall"],
+}  # flag: results
 NEIGHBOURS = 3
 OTHER_SPACE = {  # names of the results when the features are not those of the Inception of 2015-12-05
     "fid": "frechet_distance",
@@ -73,7 +83,9 @@ OTHER_SPACE = {  # names of the results when the features are not those of the I
 def fail(message):
     """Ends the program with one line on stderr and exit code 2. Every process calls it; the first of each machine prints, others wait."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"fid.py: error: {' '.join(str(message).split())}", file=sys.stderr)  # tqdm.write: a progress bar may be drawn
+        tqdm.write(
+            f"fid.py: error: {' '.join(str(message).split())}", file=sys.stderr
+        )  # tqdm.write: a progress bar may be drawn
     else:
         time.sleep(3)
     sys.exit(2)
@@ -120,7 +132,9 @@ class ConvBN(nn.Module):
 
 
 def avg_pool(x):
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)  # TF averages over the pixels inside the image only
+    return F.avg_pool2d(
+        x, 3, stride=1, padding=1, count_include_pad=False
+    )  # TF averages over the pixels inside the image only
 
 
 class Mixed5(nn.Module):
@@ -185,8 +199,12 @@ class Mixed7a(nn.Module):
         self.branch7x7x3_4 = ConvBN(192, 192, 3, stride=2, padding=0)
 
     def forward(self, x):
-        conv7x7x3 = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), conv7x7x3, F.max_pool2d(x, 3, 2)], 1)
+        conv7x7x3 = self.branch7x7x3_4(
+            self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        )
+        return torch.cat(
+            [self.branch3x3_2(self.branch3x3_1(x)), conv7x7x3, F.max_pool2d(x, 3, 2)], 1
+        )
 
 
 class Mixed7(nn.Module):
@@ -221,12 +239,14 @@ def resize_tf1(images, size=299):
     top, left = y.long(), z.long()
     bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
     x = torch.lerp(x[:, :, top], x[:, :, bottom], (y - top)[:, None])  # (N, C, size, W)
-    return torch.lerp(x[..., left], x[..., right], z - left)           # (N, C, size, size)
+    return torch.lerp(x[..., left], x[..., right], z - left)  # (N, C, size, size)
 
 
 def resize_pytorch_fid(images, size=299):
     """uint8 (N, C, H, W) -> float32 (N, C, size, size) in [0, 1]: half-pixel centres, no antialiasing."""
-    return F.interpolate(images.float() / 255, size=(size, size), mode="bilinear", align_corners=False)
+    return F.interpolate(
+        images.float() / 255, size=(size, size), mode="bilinear", align_corners=False
+    )
 
 
 class InceptionV3(nn.Module):
@@ -267,13 +287,19 @@ class InceptionV3(nn.Module):
     def activations(self, images):
         """uint8 (N, 3, H, W) -> dict of float32: pool (N, 2048); spatial (N, 2023), sFID's 7 channels of TF's mixed_6/conv in the order
         height, width, channel; logits_unbiased (N, 1008), without fc.bias, as the Inception score takes them."""
-        x = (resize_tf1(images) - 128) / 128 if self.resize == "tf1" else 2 * resize_pytorch_fid(images) - 1
+        x = (
+            (resize_tf1(images) - 128) / 128
+            if self.resize == "tf1"
+            else 2 * resize_pytorch_fid(images) - 1
+        )
         x = x.to(self.fc.weight.dtype)  # float64 in the self-test alone
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (N, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))  # (N, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(F.max_pool2d(x, 3, 2))))  # (N, 288, 35, 35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  # (N, 768, 17, 17)
-        spatial = self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)  # computed twice, under 1% of the work
+        spatial = (
+            self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+        )  # computed twice, under 1% of the work
         x = self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))  # (N, 1280, 8, 8)
         pool = self.Mixed_7c(self.Mixed_7b(x)).mean((2, 3))  # (N, 2048)
         return {"pool": pool, "spatial": spatial, "logits_unbiased": F.linear(pool, self.fc.weight)}
@@ -289,25 +315,43 @@ def load_inception(path, resize):
     name = f"inception-2015-12-05 ({resize} resize)"
     if path is None:
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # torch.hub announces the download there, stdout is for the JSON alone
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # torch.hub announces the download there, stdout is for the JSON alone
                 torch.hub.load_state_dict_from_url(
-                    INCEPTION_URL, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True, weights_only=True
+                    INCEPTION_URL,
+                    map_location="cpu",
+                    progress=sys.stderr.isatty(),
+                    check_hash=True,
+                    weights_only=True,
                 )
         except Exception as error:
-            raise ValueError(f"cannot download {INCEPTION_URL} ({error}): fetch it elsewhere and pass --inception FILE") from error
-    file = path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]  # where it was stored, now or before
+            raise ValueError(
+                f"cannot download {INCEPTION_URL} ({error}): fetch it elsewhere and pass --inception FILE"
+            ) from error
+    file = (
+        path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
+    )  # where it was stored, now or before
     try:
-        if zipfile.is_zipfile(file) and sum(e.file_size for e in zipfile.ZipFile(file).infolist()) > os.path.getsize(file):
+        if zipfile.is_zipfile(file) and sum(
+            e.file_size for e in zipfile.ZipFile(file).infolist()
+        ) > os.path.getsize(file):
             raise ValueError("an archive that claims to be larger than its file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of TorchScript files, on two lines, before it refuses them
+            warnings.simplefilter(
+                "ignore"
+            )  # torch warns of TorchScript files, on two lines, before it refuses them
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"cannot load Inception weights from {file} ({type(error).__name__})") from error
+        raise ValueError(
+            f"cannot load Inception weights from {file} ({type(error).__name__})"
+        ) from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if not digest.startswith(INCEPTION_SHA256):
         if path is None:
-            raise ValueError(f"{file} is not the published file ({digest[:8]}... for {INCEPTION_SHA256}...): delete it")
+            raise ValueError(
+                f"{file} is not the published file ({digest[:8]}... for {INCEPTION_SHA256}...): delete it"
+            )
         name = {"file": str(path), "sha256": digest, "resize": resize}
     network = InceptionV3(resize)
     try:
@@ -324,7 +368,9 @@ def load_features(path, device):
         network = torch.jit.load(path, map_location=device).eval()
     except Exception as error:
         kind = type(error).__name__
-        raise ValueError(f"--features {path} is not a TorchScript module ({kind}); save one with torch.jit.script(...).save") from error
+        raise ValueError(
+            f"--features {path} is not a TorchScript module ({kind}); save one with torch.jit.script(...).save"
+        ) from error
     return network, {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
@@ -333,7 +379,9 @@ def load_features(path, device):
 
 def check_pixels(what, width, height):
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{what} has {width} x {height} pixels: scale images to at most {MAX_PIXELS}")
+        raise ValueError(
+            f"{what} has {width} x {height} pixels: scale images to at most {MAX_PIXELS}"
+        )
 
 
 def load_image(path, size):
@@ -347,7 +395,9 @@ def load_image(path, size):
     if mode.startswith(("I", "F")):  # Pillow would clip these at 255 instead of scaling them
         raise ValueError(f"image {path} is not 8-bit (Pillow mode {mode})")
     if found != size:
-        raise ValueError(f"images of one set must have one size: {path} is {found[0]}x{found[1]}, the first one {size[0]}x{size[1]}")
+        raise ValueError(
+            f"images of one set must have one size: {path} is {found[0]}x{found[1]}, the first one {size[0]}x{size[1]}"
+        )
     return np.asarray(rgb)
 
 
@@ -355,8 +405,16 @@ class ImageFolder:
     """All images below a folder, in the order of their sorted paths."""
 
     def __init__(self, path):
-        tops = [path, *(p for p in path.iterdir() if p.is_symlink() and p.is_dir())]  # linked class folders, as in training
-        found = (Path(folder, name) for top in tops for folder, _, names in os.walk(top) for name in names)
+        tops = [
+            path,
+            *(p for p in path.iterdir() if p.is_symlink() and p.is_dir()),
+        ]  # linked class folders, as in training
+        found = (
+            Path(folder, name)
+            for top in tops
+            for folder, _, names in os.walk(top)
+            for name in names
+        )
         self.paths = sorted(p for p in found if p.suffix.lower() in IMAGE_SUFFIXES)
         self.count = len(self.paths)
         if not self.paths:
@@ -389,21 +447,31 @@ class ImageArchive:
                 fail(error)
             held = archive.getinfo("arr_0.npy").file_size - stream.tell()
             if held != math.prod(self.shape):
-                fail(f"arr_0 of {path} holds {held} bytes, not the {math.prod(self.shape)} of its shape {self.shape}")
+                fail(
+                    f"arr_0 of {path} holds {held} bytes, not the {math.prod(self.shape)} of its shape {self.shape}"
+                )
         self.count, self.size = self.shape[0], self.shape[2:0:-1]  # size: (width, height)
 
     def read_header(self, stream):
         try:
             version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, fortran_order, dtype = read(stream)
         except Exception as error:
             raise ValueError(f"cannot read arr_0 of {self.path} ({error})") from error
         if dtype.hasobject:
             wanted = "a uint8 array (N, H, W, 3) is needed"
-            raise ValueError(f"arr_0 of {self.path} is a pickled object array (images of different sizes?); {wanted}")
+            raise ValueError(
+                f"arr_0 of {self.path} is a pickled object array (images of different sizes?); {wanted}"
+            )
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or fortran_order:
-            raise ValueError(f"arr_0 of {self.path} is {dtype} {shape}; a C-ordered uint8 array (N, H, W, 3) is needed")
+            raise ValueError(
+                f"arr_0 of {self.path} is {dtype} {shape}; a C-ordered uint8 array (N, H, W, 3) is needed"
+            )
         return shape
 
     def batches(self, start, stop, batch_size):
@@ -415,7 +483,9 @@ class ImageArchive:
                 stream.seek(start * image_bytes, os.SEEK_CUR)
                 for first in range(start, stop, batch_size):
                     size = min(batch_size, stop - first)
-                    yield np.frombuffer(bytearray(stream.read(size * image_bytes)), dtype=np.uint8).reshape(size, *self.shape[1:])
+                    yield np.frombuffer(
+                        bytearray(stream.read(size * image_bytes)), dtype=np.uint8
+                    ).reshape(size, *self.shape[1:])
         except Exception as error:
             raise ValueError(f"cannot read the images of {self.path} ({error})") from error
 
@@ -425,7 +495,14 @@ class ImageSet:
     sigma_s}, `num` of images behind them, `features` they are of, `size` (width, height) of the images."""
 
     def __init__(self, path):
-        self.path, self.images, self.stats, self.num, self.features, self.size = path, None, None, None, None, None
+        self.path, self.images, self.stats, self.num, self.features, self.size = (
+            path,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
         if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             fail(f"{path} does not exist")
         if path.is_dir():
@@ -447,24 +524,44 @@ class ImageSet:
                 if "arr_0" in arrays.files:
                     self.images = ImageArchive(path)
                 if {"mu", "sigma"} <= set(arrays.files):
-                    keys = ("mu", "sigma", "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= set(arrays.files) else ("mu", "sigma")
+                    keys = (
+                        ("mu", "sigma", "mu_s", "sigma_s")
+                        if {"mu_s", "sigma_s"} <= set(arrays.files)
+                        else ("mu", "sigma")
+                    )
                     for entry in arrays.zip.infolist():
                         if entry.filename != "arr_0.npy" and entry.file_size > MAX_STATISTICS:
-                            raise ValueError(f"{entry.filename} claims {entry.file_size} bytes, statistics have at most {MAX_STATISTICS}")
+                            raise ValueError(
+                                f"{entry.filename} claims {entry.file_size} bytes, statistics have at most {MAX_STATISTICS}"
+                            )
                     self.stats = {key: np.asarray(arrays[key], dtype=np.float64) for key in keys}
                     self.num = int(arrays["num"]) if "num" in arrays.files else None
-                    self.features = json.loads(str(arrays["features"])) if "features" in arrays.files else None
-                    self.size = tuple(arrays["size"].tolist()) if "size" in arrays.files and arrays["size"].shape == (2,) else None
+                    self.features = (
+                        json.loads(str(arrays["features"])) if "features" in arrays.files else None
+                    )
+                    self.size = (
+                        tuple(arrays["size"].tolist())
+                        if "size" in arrays.files and arrays["size"].shape == (2,)
+                        else None
+                    )
                 elif not self.images:
-                    fail(f"{path} holds neither images (arr_0) nor statistics (mu, sigma), but {', '.join(arrays.files) or 'nothing'}")
+                    fail(
+                        f"{path} holds neither images (arr_0) nor statistics (mu, sigma), but {', '.join(arrays.files) or 'nothing'}"
+                    )
         except Exception as error:
             fail(f"cannot read {path} ({error})")
         for end in ("", "_s"):
             if self.stats and "mu" + end in self.stats:
                 mu, sigma = self.stats["mu" + end], self.stats["sigma" + end]
-                if mu.ndim != 1 or sigma.shape != (mu.size, mu.size) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                if (
+                    mu.ndim != 1
+                    or sigma.shape != (mu.size, mu.size)
+                    or not (np.isfinite(mu).all() and np.isfinite(sigma).all())
+                ):
                     shapes = f"shapes {mu.shape} and {sigma.shape}"
-                    fail(f"{path} does not hold finite mu{end} (D,) and sigma{end} (D, D), but {shapes}")
+                    fail(
+                        f"{path} does not hold finite mu{end} (D,) and sigma{end} (D, D), but {shapes}"
+                    )
 
 
 # Statistics and distance
@@ -481,9 +578,13 @@ def batch_activations(network, batch, device):
     x = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().to(device)
     try:
         with torch.inference_mode():
-            out = network.activations(x) if isinstance(network, InceptionV3) else {"pool": network(x)}
+            out = (
+                network.activations(x) if isinstance(network, InceptionV3) else {"pool": network(x)}
+            )
     except RuntimeError as error:
-        raise ValueError(f"the network failed on images of shape {tuple(x.shape)}: {str(error).strip().splitlines()[-1]}") from error
+        raise ValueError(
+            f"the network failed on images of shape {tuple(x.shape)}: {str(error).strip().splitlines()[-1]}"
+        ) from error
     f = out["pool"]
     if not isinstance(f, torch.Tensor) or f.ndim != 2 or len(f) != len(x):
         got = tuple(f.shape) if isinstance(f, torch.Tensor) else type(f)
@@ -501,10 +602,15 @@ def extract(images, num, network, device, batch_size, keep=()):
     rank, world = processes()
     batch_size = min(batch_size, num // world)
     count = -(-num // batch_size)
-    first, stop = count * rank // world * batch_size, min(count * (rank + 1) // world * batch_size, num)
+    first, stop = (
+        count * rank // world * batch_size,
+        min(count * (rank + 1) // world * batch_size, num),
+    )
     sums, kept, error = {}, {}, None
     try:
-        with tqdm(total=stop - first, unit="img", leave=False, disable=None if rank == 0 else True) as bar:  # None: only on a terminal
+        with tqdm(
+            total=stop - first, unit="img", leave=False, disable=None if rank == 0 else True
+        ) as bar:  # None: only on a terminal
             for batch in images.batches(first, stop, batch_size):
                 out = batch_activations(network, batch, device)
                 for name in out.keys() - {"logits_unbiased"}:
@@ -523,10 +629,14 @@ def extract(images, num, network, device, batch_size, keep=()):
     for name, end in (("pool", ""), ("spatial", "_s")):
         if name in sums:
             total, outer = (all_sum(x.cpu()) for x in sums[name])
-            stats["mu" + end], stats["sigma" + end] = (x.numpy() for x in mean_covariance(total, outer, num))
+            stats["mu" + end], stats["sigma" + end] = (
+                x.numpy() for x in mean_covariance(total, outer, num)
+            )
     if not all(np.isfinite(x).all() for x in stats.values()):
         fail("the features contain NaN or infinity")
-    return stats, {name: all_sum(kept[name]) for name in keep}  # a row is zero in all processes but the one that had the image
+    return stats, {
+        name: all_sum(kept[name]) for name in keep
+    }  # a row is zero in all processes but the one that had the image
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -541,14 +651,20 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise ValueError(f"statistics of different dimensions: {mu1.shape} and {mu2.shape}")
     try:
         np.linalg.cholesky(sigma1)
-        values = scipy.linalg.eigh(sigma1, sigma2, type=2, eigvals_only=True, driver="gv")  # S1 S2 v = w v
+        values = scipy.linalg.eigh(
+            sigma1, sigma2, type=2, eigvals_only=True, driver="gv"
+        )  # S1 S2 v = w v
         trace_root = np.sqrt(values.clip(min=0)).sum()
     except np.linalg.LinAlgError:
         roots = []
         for values, vectors in (np.linalg.eigh(sigma1), np.linalg.eigh(sigma2)):
             positive = values > 10 * np.finfo(float).eps * values.max(initial=0)
             roots.append(vectors[:, positive] * np.sqrt(values[positive]))
-        trace_root = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum() if roots[0].size and roots[1].size else 0.0
+        trace_root = (
+            scipy.linalg.svdvals(roots[0].T @ roots[1]).sum()
+            if roots[0].size and roots[1].size
+            else 0.0
+        )
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root)
 
 
@@ -598,8 +714,13 @@ def manifold_membership(samples, reference, k=NEIGHBOURS, block=1024):
     """
     centre = reference.mean(0, dtype=torch.float64).to(reference.dtype)
     samples, reference = samples - centre, reference - centre
-    sample_radii, reference_radii = (neighbour_radii(x, k, block).to(x.device) for x in (samples, reference))
-    samples_inside, reference_inside = torch.zeros(len(samples), dtype=torch.int), torch.zeros(len(reference), dtype=torch.int)
+    sample_radii, reference_radii = (
+        neighbour_radii(x, k, block).to(x.device) for x in (samples, reference)
+    )
+    samples_inside, reference_inside = (
+        torch.zeros(len(samples), dtype=torch.int),
+        torch.zeros(len(reference), dtype=torch.int),
+    )
     for rows in row_blocks(len(samples), block):
         distances = squared_distances(samples[rows], reference)
         samples_inside[rows] = (distances <= reference_radii).any(1).cpu().int()
@@ -609,12 +730,17 @@ def manifold_membership(samples, reference, k=NEIGHBOURS, block=1024):
 
 def precision_recall(samples, reference, k=NEIGHBOURS, block=1024):
     """Share of samples (N, D) inside the reference's manifold, and of reference points (M, D) inside the samples'."""
-    return tuple(inside.double().mean().item() for inside in manifold_membership(samples, reference, k, block))
+    return tuple(
+        inside.double().mean().item()
+        for inside in manifold_membership(samples, reference, k, block)
+    )
 
 
 def same_space(a, b):
     """Whether two feature names mean the same network; the path of a file does not count, its sha256 does."""
-    a, b = ({key: x[key] for key in x if key != "file"} if isinstance(x, dict) else x for x in (a, b))
+    a, b = (
+        {key: x[key] for key in x if key != "file"} if isinstance(x, dict) else x for x in (a, b)
+    )
     return a == b
 
 
@@ -626,7 +752,9 @@ def self_test(path, device):
     resize. Does not prove that resize and layers are those of the TF graph: that needs features which the original computed from the file.
     """
     images = torch.arange(2 * 3 * 64 * 64).reshape(2, 3, 64, 64)
-    images = torch.stack([images[0] // 64 % 64 * 4, images[1] * 7919 % 251]).to(torch.uint8)  # a ramp, a fixed texture
+    images = torch.stack([images[0] // 64 % 64 * 4, images[1] * 7919 % 251]).to(
+        torch.uint8
+    )  # a ramp, a fixed texture
     try:
         used, name = load_inception(path, "tf1")
     except ValueError as error:
@@ -636,7 +764,9 @@ def self_test(path, device):
         if not value.isfinite().all() or (key.endswith("running_var") and (value < 0).any()):
             fail(f"{path}: {key} has NaN, infinity or a negative variance")
     if not isinstance(name, str):
-        fail(f"{path} fits the network, but its sha256 {name['sha256'][:8]}... is not the published {INCEPTION_SHA256}...: other weights")
+        fail(
+            f"{path} fits the network, but its sha256 {name['sha256'][:8]}... is not the published {INCEPTION_SHA256}...: other weights"
+        )
     plain, used = InceptionV3(), used.to(device)
     plain.load_state_dict(weights)
     plain.double()
@@ -649,13 +779,24 @@ def self_test(path, device):
             error = ((out[key].cpu() - value).abs().max() / value.abs().max()).item()
             worst = max(worst, error)
             if not error < 1e-3:
-                fail(f"{path}: float32 {key} ({resize} resize) differs from float64 by {error:.1e} of its largest value, more than 1e-3")
+                fail(
+                    f"{path}: float32 {key} ({resize} resize) differs from float64 by {error:.1e} of its largest value, more than 1e-3"
+                )
         pool.append(expected["pool"])
-    moved_by_image, moved_by_resize = (pool[0][0] - pool[0][1]).norm().item(), (pool[0] - pool[1]).norm(dim=1).max().item()
+    moved_by_image, moved_by_resize = (
+        (pool[0][0] - pool[0][1]).norm().item(),
+        (pool[0] - pool[1]).norm(dim=1).max().item(),
+    )
     if not min(moved_by_image, moved_by_resize) > 0:
         fail(f"{path}: the features are the same for two images or for two resizes")
     moves = {"moved_by_image": moved_by_image, "moved_by_resize": moved_by_resize}
-    return {"self_test": str(path), "passed": True, "tensors": len(weights), "float32_error": worst, **moves}
+    return {
+        "self_test": str(path),
+        "passed": True,
+        "tensors": len(weights),
+        "float32_error": worst,
+        **moves,
+    }
 
 
 # Command line
@@ -674,25 +815,66 @@ def positive(text):
 
 
 def parse_args(argv):
-    parser = Parser(prog="fid.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog="fid.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("samples", type=Path, nargs="?")
     parser.add_argument("reference", type=Path, nargs="?")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default all; with --features fid and pr, in the space of these")
-    parser.add_argument("--save-stats", type=Path, metavar="OUT.npz", help="write the statistics of SAMPLES (not enough for pr)")
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        help="default all; with --features fid and pr, in the space of these",
+    )
+    parser.add_argument(
+        "--save-stats",
+        type=Path,
+        metavar="OUT.npz",
+        help="write the statistics of SAMPLES (not enough for pr)",
+    )
     # torchrun (seen on Python 3.11) stops at --num, even behind the script's name: ambiguous with its own --numa-binding, --numa_binding.
-    parser.add_argument("--num", "--num-samples", type=positive, metavar="N", help="use the first N images of SAMPLES (default all)")
-    parser.add_argument("--resize", choices=["tf1", "pytorch-fid"], help="how Inception's input is resized (default tf1)")
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="pt_inception-2015-12-05-6726825d.pth; default: download once")
-    parser.add_argument("--features", type=Path, metavar="FILE", help="TorchScript module used instead of Inception")
-    parser.add_argument("--self-test", type=Path, metavar="FILE", help="check a file of Inception weights, nothing else")
-    parser.add_argument("--batch-size", type=positive, default=64, help="images per process and step (default 64)")
+    parser.add_argument(
+        "--num",
+        "--num-samples",
+        type=positive,
+        metavar="N",
+        help="use the first N images of SAMPLES (default all)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=["tf1", "pytorch-fid"],
+        help="how Inception's input is resized (default tf1)",
+    )
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="pt_inception-2015-12-05-6726825d.pth; default: download once",
+    )
+    parser.add_argument(
+        "--features", type=Path, metavar="FILE", help="TorchScript module used instead of Inception"
+    )
+    parser.add_argument(
+        "--self-test",
+        type=Path,
+        metavar="FILE",
+        help="check a file of Inception weights, nothing else",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=64, help="images per process and step (default 64)"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default cuda if there is one)")
     args = parser.parse_args(argv)
     if args.self_test is None and args.samples is None:
         fail("give SAMPLES REFERENCE, or --save-stats OUT.npz SAMPLES, or --self-test FILE")
     if args.self_test is None and (args.reference is None) == (args.save_stats is None):
         fail("give either SAMPLES REFERENCE, or --save-stats OUT.npz SAMPLES")
-    if args.self_test and (args.samples or args.save_stats or args.features or args.inception or args.resize):
+    if args.self_test and (
+        args.samples or args.save_stats or args.features or args.inception or args.resize
+    ):
         fail("--self-test FILE stands alone")
     if args.features and (args.inception or args.resize):
         fail("--features replaces Inception: leave out --inception and --resize")
@@ -700,7 +882,9 @@ def parse_args(argv):
         fail("--metrics sfid and is need Inception: leave out --features")
     if args.save_stats and args.metrics:
         fail("--save-stats computes no metrics: leave out --metrics")
-    if args.save_stats and (args.save_stats.suffix != ".npz" or not args.save_stats.absolute().parent.is_dir()):
+    if args.save_stats and (
+        args.save_stats.suffix != ".npz" or not args.save_stats.absolute().parent.is_dir()
+    ):
         fail(f"--save-stats {args.save_stats}: the name must end in .npz and its folder must exist")
     if args.save_stats and os.path.lexists(args.save_stats):
         fail(f"--save-stats {args.save_stats} is there already: choose another name, or delete it")
@@ -720,7 +904,9 @@ def find_device(name):
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         needed = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.index is None else index + 1
         if needed > torch.cuda.device_count():
-            fail(f"--device {device}: GPU {needed - 1} asked for, {torch.cuda.device_count()} there")
+            fail(
+                f"--device {device}: GPU {needed - 1} asked for, {torch.cuda.device_count()} there"
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -768,19 +954,25 @@ def compute(todo, stats, kept, device):
     """Results by name; `stats` and `kept` (see extract) of SAMPLES and REFERENCE. All processes must call it, the first has all results."""
     results = {}
     if "pr" in todo:
-        results["precision"], results["recall"] = precision_recall(*(k["pool"].to(device) for k in kept))
+        results["precision"], results["recall"] = precision_recall(
+            *(k["pool"].to(device) for k in kept)
+        )
     if processes()[0] == 0:
         if "is" in todo:
             results["inception_score"], _ = inception_score(kept[0]["logits_unbiased"])
         for metric, end in (("fid", ""), ("sfid", "_s")):
             if metric in todo:
-                results[metric] = frechet_distance(*(s[key + end] for s in stats for key in ("mu", "sigma")))
+                results[metric] = frechet_distance(
+                    *(s[key + end] for s in stats for key in ("mu", "sigma"))
+                )
     return results
 
 
 def main(argv=None):
     args = parse_args(argv)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels and load_image refuse what it warns of
+    warnings.simplefilter(
+        "ignore", Image.DecompressionBombWarning
+    )  # check_pixels and load_image refuse what it warns of
     device = find_device(args.device)
     versions = {"device": device.type, "torch": torch.__version__}
     if args.self_test:
@@ -795,10 +987,17 @@ def main(argv=None):
     samples.num = args.num or samples.num
     counts = [s.images and s.images.count for s in sets]
     counts[0] = args.num or counts[0]
-    metrics = [] if args.save_stats else args.metrics or (["fid", "pr"] if args.features else list(METRICS))
+    metrics = (
+        []
+        if args.save_stats
+        else args.metrics or (["fid", "pr"] if args.features else list(METRICS))
+    )
     reasons = {metric: missing(metric, sets, counts) for metric in metrics}
     todo = [metric for metric in metrics if reasons[metric] is None]
-    keep = [["pool"] * ("pr" in todo) + ["logits_unbiased"] * ("is" in todo), ["pool"] * ("pr" in todo)]
+    keep = [
+        ["pool"] * ("pr" in todo) + ["logits_unbiased"] * ("is" in todo),
+        ["pool"] * ("pr" in todo),
+    ]
     from_images = [bool(s.images and (names or not s.stats)) for s, names in zip(sets, keep)]
     if todo == ["is"]:
         from_images[1] = False  # nothing of the reference is asked for
@@ -807,25 +1006,35 @@ def main(argv=None):
         if run and count < max(2, world):
             fail(f"{count} of {s.path} to be used: at least {max(2, world)} images are needed")
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # all that is exchanged lies on the CPU
+        dist.init_process_group(
+            "gloo", timeout=timedelta(days=1)
+        )  # all that is exchanged lies on the CPU
     if any(from_images) or args.features or args.inception:
         network, features = load_network(args, device)
     else:
         network, features = None, next((s.features for s in sets if s.features is not None), None)
     for s in sets:
         if s.stats and s.features is not None and not same_space(s.features, features):
-            fail(f"{s.path} holds statistics of other features: {json.dumps(s.features)}, not {json.dumps(features)}")
+            fail(
+                f"{s.path} holds statistics of other features: {json.dumps(s.features)}, not {json.dumps(features)}"
+            )
 
     stats, kept = [], []
     for s, count, names, run in zip(sets, counts, keep, from_images):
-        computed, activations = extract(s.images, count, network, device, args.batch_size, names) if run else ({}, {})
+        computed, activations = (
+            extract(s.images, count, network, device, args.batch_size, names) if run else ({}, {})
+        )
         stats.append(s.stats or computed)
         kept.append(activations)
         for key in {"mu", "mu_s"} & stats[0].keys() & stats[-1].keys():
             a, b = stats[0][key].size, stats[-1][key].size
             if a != b:
-                fail(f"feature dimension mismatch: {args.samples} has {a}, {args.reference} has {b}")
-    results = dict.fromkeys(name for metric in metrics for name in METRICS[metric]) | compute(todo, stats, kept, device)
+                fail(
+                    f"feature dimension mismatch: {args.samples} has {a}, {args.reference} has {b}"
+                )
+    results = dict.fromkeys(name for metric in metrics for name in METRICS[metric]) | compute(
+        todo, stats, kept, device
+    )
     rank, _ = processes()
     if world > 1:
         dist.destroy_process_group()
@@ -835,23 +1044,39 @@ def main(argv=None):
         temporary = args.save_stats.with_name(f".{args.save_stats.name}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, **stats[0], num=samples.num, size=samples.size, features=json.dumps(features))
+                np.savez(
+                    file,
+                    **stats[0],
+                    num=samples.num,
+                    size=samples.size,
+                    features=json.dumps(features),
+                )
             os.replace(temporary, args.save_stats)
         except OSError as error:
             fail(f"cannot write {args.save_stats} ({error})")
-        protocol = {"statistics": str(args.save_stats), "samples": str(args.samples), "num_samples": samples.num}
+        protocol = {
+            "statistics": str(args.save_stats),
+            "samples": str(args.samples),
+            "num_samples": samples.num,
+        }
     else:
         for s in sets:
             if s.stats and s.features is None:
-                warn(f"{s.path} does not say which features its statistics are of; taken to be the same")
+                warn(
+                    f"{s.path} does not say which features its statistics are of; taken to be the same"
+                )
         for metric in metrics:
             if reasons[metric]:
                 warn(f"no {' and '.join(METRICS[metric])}: {reasons[metric]}")
         if samples.size and reference.size and samples.size != reference.size:
             sizes = ["{}x{}".format(*s.size) for s in sets]
-            warn(f"images of {args.samples} are {sizes[0]}, those of {args.reference} {sizes[1]}: what is measured includes the resolution")
+            warn(
+                f"images of {args.samples} are {sizes[0]}, those of {args.reference} {sizes[1]}: what is measured includes the resolution"
+            )
         if samples.num is not None and samples.num < 10_000:
-            warn(f"{samples.num} samples: the distance is biased upwards below about 10,000 (50,000 is usual)")
+            warn(
+                f"{samples.num} samples: the distance is biased upwards below about 10,000 (50,000 is usual)"
+            )
         if not str(features).startswith("inception-2015-12-05 ("):
             results = {OTHER_SPACE[name]: value for name, value in results.items()}
         protocol = {"samples": str(args.samples), "reference": str(args.reference)}
@@ -860,7 +1085,14 @@ def main(argv=None):
             protocol |= {"score_chunk": 5000}
         if "pr" in todo:
             protocol |= {"neighbours": NEIGHBOURS, "num_reference_manifold": counts[1]}
-    print(json.dumps(results | protocol | {"features": features, "batch_size": args.batch_size, "processes": world} | versions))
+    print(
+        json.dumps(
+            results
+            | protocol
+            | {"features": features, "batch_size": args.batch_size, "processes": world}
+            | versions
+        )
+    )
 
 
 if __name__ == "__main__":

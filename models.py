@@ -48,8 +48,15 @@ def parse_model(name):
         if family not in ("DiT", "SiT") or int(patch) not in PATCHES:
             raise KeyError(name)
     except (KeyError, ValueError):
-        raise ValueError(f"unknown model {name!r}: choose DiT-SIZE/PATCH with SIZE in {', '.join(SIZES)} and PATCH in 2, 4, 8") from None
-    return {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
+        raise ValueError(
+            f"unknown model {name!r}: choose DiT-SIZE/PATCH with SIZE in {', '.join(SIZES)} and PATCH in 2, 4, 8"
+        ) from None
+    return {
+        "depth": depth,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "patch_size": int(patch),
+    }
 
 
 def position_embedding(dim, grid_size):
@@ -64,7 +71,9 @@ def position_embedding(dim, grid_size):
 
 def modulate(x, shift, scale):
     """LayerNorm without affine, then adaLN's shift and scale: x (N, T, D), shift and scale (N, D)."""
-    return torch.addcmul(shift.unsqueeze(1), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale.unsqueeze(1))
+    return torch.addcmul(
+        shift.unsqueeze(1), F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale.unsqueeze(1)
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -75,8 +84,12 @@ class PatchEmbed(nn.Module):
     def forward(self, x):
         """The convolution as a linear layer of patches: its result lies in memory as (N, T, D), and with it the whole stream."""
         p = self.proj.kernel_size[0]
-        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (N, H / p, W / p, C, p, p)
-        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)  # (N, T, D)
+        patches = (
+            x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        )  # (N, H / p, W / p, C, p, p)
+        return F.linear(
+            patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias
+        )  # (N, T, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -84,12 +97,18 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.register_buffer("frequencies", torch.exp(-math.log(10000) * torch.arange(128) / 128), persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.register_buffer(
+            "frequencies", torch.exp(-math.log(10000) * torch.arange(128) / 128), persistent=False
+        )
 
     def forward(self, t):
         angles = t.float()[:, None] * self.frequencies  # (N, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))  # (N, D)
+        return self.mlp(
+            torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype)
+        )  # (N, D)
 
 
 class LabelEmbedder(nn.Module):
@@ -115,8 +134,12 @@ class Attention(nn.Module):
     def forward(self, x):
         N, T, D = x.shape
         qkv = self.qkv(x).view(N, T, 3, self.num_heads, -1)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (N, heads, T, D / heads); no copy here, nor of the gradient
-        x = F.scaled_dot_product_attention(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
+        q, k, v = (
+            part.transpose(1, 2) for part in qkv.unbind(2)
+        )  # each (N, heads, T, D / heads); no copy here, nor of the gradient
+        x = F.scaled_dot_product_attention(
+            self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+        )
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 
 
@@ -137,10 +160,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_size or hidden_size, 6 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(cond_size or hidden_size, 6 * hidden_size)
+        )
 
     def forward(self, x, c):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)  # each (N, D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(
+            6, 1
+        )  # each (N, D)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(x, shift_a, scale_a))
         return x + gate_m.unsqueeze(1) * self.mlp(modulate(x, shift_m, scale_m))  # (N, T, D)
 
@@ -151,7 +178,9 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size, out_size, cond_size=None):
         super().__init__()
         self.linear = nn.Linear(hidden_size, out_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_size or hidden_size, 2 * hidden_size))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(cond_size or hidden_size, 2 * hidden_size)
+        )
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, 1)
@@ -182,9 +211,15 @@ class DiT(nn.Module):
         long_residual="none",
     ):
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__") and (k, v) != ("long_residual", "none")}
+        self.config = {
+            k: v
+            for k, v in locals().items()
+            if k not in ("self", "__class__") and (k, v) != ("long_residual", "none")
+        }
         if input_size % patch_size:
-            raise ValueError(f"input size {input_size} is not divisible by the patch size {patch_size}")
+            raise ValueError(
+                f"input size {input_size} is not divisible by the patch size {patch_size}"
+            )
         if long_residual not in ("none", "pre", "post"):
             raise ValueError(f"unknown long residual {long_residual!r}: choose none, pre or post")
         if long_residual != "none" and depth % 2:
@@ -197,8 +232,12 @@ class DiT(nn.Module):
         self.register_buffer("pos_embed", position_embedding(hidden_size, input_size // patch_size))
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm) for _ in range(depth))
         self.long_residual, fused = long_residual, depth // 2 if long_residual != "none" else 0
-        self.skip_norms = nn.ModuleList(nn.LayerNorm(2 * hidden_size, eps=1e-6) for _ in range(fused))
-        self.skip_linears = nn.ModuleList(nn.ModuleDict({"linear": nn.Linear(2 * hidden_size, hidden_size)}) for _ in range(fused))
+        self.skip_norms = nn.ModuleList(
+            nn.LayerNorm(2 * hidden_size, eps=1e-6) for _ in range(fused)
+        )
+        self.skip_linears = nn.ModuleList(
+            nn.ModuleDict({"linear": nn.Linear(2 * hidden_size, hidden_size)}) for _ in range(fused)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self.init_weights()
 
@@ -210,9 +249,15 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1))
+        nn.init.xavier_uniform_(
+            self.x_embedder.proj.weight.view(self.x_embedder.proj.weight.shape[0], -1)
+        )
         nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+        for weight in (
+            self.y_embedder.embedding_table.weight,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
             nn.init.normal_(weight, std=0.02)
         for module in self.modules():
             if isinstance(module, (Block, FinalLayer)):
@@ -232,22 +277,30 @@ class DiT(nn.Module):
         """(N, T, p * p * C) -> (N, C, H, W); within a token the order is (row, column, channel)."""
         p, side = self.patch_size, math.isqrt(tokens.shape[1])
         x = tokens.view(len(tokens), side, side, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, side * p, side * p)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(
+            len(tokens), self.out_channels, side * p, side * p
+        )
 
     def long_residual_at(self, k, x, early):
         """At block k, x (N, T, D): the first half leaves x in `early`, last in first out; the second half fuses with it, norm in fp32."""
         if k <= len(self.blocks) // 2:
             early.append(x)
             return x
-        norm, linear = (layers[k - 1 - len(self.blocks) // 2] for layers in (self.skip_norms, self.skip_linears))
+        norm, linear = (
+            layers[k - 1 - len(self.blocks) // 2] for layers in (self.skip_norms, self.skip_linears)
+        )
         both = torch.cat([x, early.pop()], 2).float()  # (N, T, 2 D)
-        both = F.layer_norm(both, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        both = F.layer_norm(
+            both, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+        )
         return linear["linear"](both.to(x.dtype)).to(x.dtype)
 
     def run(self, block, x, c):
         """block(x, c); with `checkpointing`, what it needs for its gradient is computed again in the backward pass instead of kept."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, c, use_reentrant=False, preserve_rng_state=False)  # there is no randomness
+            return checkpoint(
+                block, x, c, use_reentrant=False, preserve_rng_state=False
+            )  # there is no randomness
         return block(x, c)
 
     def streams(self, x, c):
@@ -277,7 +330,9 @@ class DiT(nn.Module):
         for k, tokens in self.streams(self.embed(x), self.condition(t, y)):
             if k == block:
                 return tokens
-        raise ValueError(f"there is no block {block}: blocks are numbered from 1 to {len(self.blocks)}")
+        raise ValueError(
+            f"there is no block {block}: blocks are numbered from 1 to {len(self.blocks)}"
+        )
 
 
 class MaskedDiT(DiT):
@@ -292,7 +347,9 @@ class MaskedDiT(DiT):
     def __init__(self, decoder=(8, 512, 16), fill="mask_token", class_token=False, **network):
         depth, width, heads = decoder
         if min(decoder) < 1 or width % 4 or width % heads:
-            raise ValueError(f"decoder {depth} {width} {heads}: all at least 1, the width divisible by 4 and by the number of heads")
+            raise ValueError(
+                f"decoder {depth} {width} {heads}: all at least 1, the width divisible by 4 and by the number of heads"
+            )
         super().__init__(**network)
         self.config = {**network, "decoder": list(decoder)}
         self.config |= {"fill": fill} if fill != "mask_token" else {}
@@ -304,8 +361,12 @@ class MaskedDiT(DiT):
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if class_token else None
         self.register_buffer("decoder_pos_embed", position_embedding(width, side))
         self.decoder_layer = FinalLayer(hidden_size, width)
-        self.decoder_blocks = nn.ModuleList(Block(width, heads, cond_size=hidden_size) for _ in range(depth))
-        self.final_layer = FinalLayer(width, self.patch_size**2 * self.out_channels, cond_size=hidden_size)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width, heads, cond_size=hidden_size) for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(
+            width, self.patch_size**2 * self.out_channels, cond_size=hidden_size
+        )
         self.init_weights()
         for token in (self.mask_token, self.class_token):
             if token is not None:
@@ -314,9 +375,13 @@ class MaskedDiT(DiT):
     def encode_tokens(self, tokens, c, ids_keep=None, features=()):
         """Embedded tokens (N, T, D) -> the stream after the last block (N, [1 +] K, D), class token first; and {k: that of block k}."""
         if ids_keep is not None:
-            tokens = tokens.gather(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]))  # (N, K, D)
+            tokens = tokens.gather(
+                1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2])
+            )  # (N, K, D)
         if self.class_token is not None:
-            tokens = torch.cat([self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1)  # (N, 1 + K, D)
+            tokens = torch.cat(
+                [self.class_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], 1
+            )  # (N, 1 + K, D)
         kept = {}
         for k, stream in self.streams(tokens, c):
             if k in features:
@@ -343,7 +408,9 @@ class MaskedDiT(DiT):
             tokens = put_back(embedded, ids_keep, tokens)  # (N, T, D)
         tokens = self.decoder_layer(tokens, c)  # (N, K or T, width)
         if ids_keep is not None and self.mask_token is not None:
-            tokens = put_back(self.mask_token.expand(*embedded.shape[:2], -1), ids_keep, tokens)  # (N, T, width)
+            tokens = put_back(
+                self.mask_token.expand(*embedded.shape[:2], -1), ids_keep, tokens
+            )  # (N, T, width)
         tokens = tokens + self.decoder_pos_embed
         for block in self.decoder_blocks:
             tokens = self.run(block, tokens, c)
@@ -353,7 +420,9 @@ class MaskedDiT(DiT):
 
 def put_back(fill, ids_keep, tokens):
     """fill (N, T, D) with tokens (N, K, D) at the places ids_keep (N, K)."""
-    return fill.to(tokens.dtype).scatter(1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]), tokens)
+    return fill.to(tokens.dtype).scatter(
+        1, ids_keep[:, :, None].expand(-1, -1, tokens.shape[2]), tokens
+    )
 
 
 def build_model(config):
@@ -368,7 +437,13 @@ def frozen_copy(model):
 
 def to_uint8(images):
     """Images in [-1, 1] (N, 3, H, W) -> uint8 (N, H, W, 3), as DiT, SiT and ADM store samples: truncation of 127.5 x + 128."""
-    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return (
+        (127.5 * images.float() + 128)
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(0, 2, 3, 1)
+        .contiguous()
+    )
 
 
 def image_grid(images, columns):
@@ -410,7 +485,9 @@ def hold_lock(path):
     except (BlockingIOError, PermissionError):
         file.seek(0)
         holder = f"{file.read(80).strip()}; if that machine is gone, delete {path}"
-        raise ValueError(f"{path.parent} is in use by another run ({holder}): wait for it, or use another --out") from None
+        raise ValueError(
+            f"{path.parent} is in use by another run ({holder}): wait for it, or use another --out"
+        ) from None
     except OSError:
         pass  # a file system without locks
     file.truncate(0)
@@ -432,8 +509,12 @@ def open_image(path):
         raise ValueError(f"{image.width} x {image.height} pixels: make it smaller")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
-    if max(image.size) > 100 * min(image.size):  # scaled to its short side, it would fill the memory
-        raise ValueError(f"{image.width} x {image.height} pixels, one side more than 100 times the other")
+    if max(image.size) > 100 * min(
+        image.size
+    ):  # scaled to its short side, it would fill the memory
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, one side more than 100 times the other"
+        )
     return image
 
 
@@ -445,7 +526,9 @@ def check_log(path):
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path} is not the log of a run: move it away, or choose another folder") from None
+        raise ValueError(
+            f"{path} is not the log of a run: move it away, or choose another folder"
+        ) from None
 
 
 def first_line(error):
@@ -476,7 +559,9 @@ def shapes(state):
 
 def fits(state, config, size):
     """Whether a state dict is that of the network which `config` describes, found without building it, and no larger than its file."""
-    if max(config["depth"], *config.get("decoder", (0,))[:1]) > len(state) or any(type(v) is int and v < 1 for v in config.values()):
+    if max(config["depth"], *config.get("decoder", (0,))[:1]) > len(state) or any(
+        type(v) is int and v < 1 for v in config.values()
+    ):
         return False
     if sum(tensor.nbytes for tensor in state.values()) > size:
         return False
@@ -498,15 +583,33 @@ def load_checkpoint(path, checked=False):
         raise ValueError(f"{path} cannot be read ({first_line(error)})") from None
     if damaged:
         raise ValueError(f"{path} cannot be read (wrong checksum in {damaged})")
-    if not isinstance(content, dict) or not {"model", "ema", "method", "optimizer", "step", "args", "log"} <= set(content):
-        raise ValueError(f"{path} is not a checkpoint of the training scripts (those of official code: sample.py --official)")
+    if not isinstance(content, dict) or not {
+        "model",
+        "ema",
+        "method",
+        "optimizer",
+        "step",
+        "args",
+        "log",
+    } <= set(content):
+        raise ValueError(
+            f"{path} is not a checkpoint of the training scripts (those of official code: sample.py --official)"
+        )
     try:
-        whole = type(content["step"]) is int and "diffusion" in content["args"] and type(content["optimizer"]) is dict
+        whole = (
+            type(content["step"]) is int
+            and "diffusion" in content["args"]
+            and type(content["optimizer"]) is dict
+        )
         whole &= all(isinstance(value, torch.Tensor) for value in content["method"].values())
         parts = [content["model"], content["ema"] or content["model"]]
-        whole &= all(fits(part, content["args"]["network"], os.path.getsize(path)) for part in parts)
+        whole &= all(
+            fits(part, content["args"]["network"], os.path.getsize(path)) for part in parts
+        )
     except Exception as error:
-        raise ValueError(f"{path} does not describe its own network ({first_line(error)})") from None
+        raise ValueError(
+            f"{path} does not describe its own network ({first_line(error)})"
+        ) from None
     if not whole:
         raise ValueError(f"{path} holds other weights than those of the network that it describes")
     return content
@@ -517,13 +620,19 @@ def newest_checkpoint(folder):
 
     Unreadable ones are named on stderr. Raises ValueError, one line, if there are some and none is readable.
     """
-    paths = sorted(folder.glob("*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)  # by step, however many digits
+    paths = sorted(
+        folder.glob("*.pt"), key=lambda path: (len(path.name), path.name), reverse=True
+    )  # by step, however many digits
     for path in paths:
         try:
             load_checkpoint(path)
             return path
         except ValueError as error:
-            print(f"{error}" + ": taking the one before" * (path != paths[-1]), file=sys.stderr, flush=True)
+            print(
+                f"{error}" + ": taking the one before" * (path != paths[-1]),
+                file=sys.stderr,
+                flush=True,
+            )
     if paths:
         raise ValueError(f"no checkpoint in {folder} is readable: move them away to start over")
     return None
@@ -556,7 +665,12 @@ def on_rank_0(work):
         except ValueError as error:
             result = [None, str(error)]
         except OSError as error:
-            result = [None, f"cannot use {error.filename} ({error.strerror}): choose another place" if error.filename else str(error)]
+            result = [
+                None,
+                f"cannot use {error.filename} ({error.strerror}): choose another place"
+                if error.filename
+                else str(error),
+            ]
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     if result[1]:
@@ -567,7 +681,11 @@ def on_rank_0(work):
 # Official checkpoints
 
 SOURCES = ("dit", "sit", "repa", "sra", "maskdit")
-TRAINING_HEADS = ("ap_head.", "projectors.", "projectors_final.")  # of SRA, REPA, Self-Transcendence; unused in sampling
+TRAINING_HEADS = (
+    "ap_head.",
+    "projectors.",
+    "projectors_final.",
+)  # of SRA, REPA, Self-Transcendence; unused in sampling
 
 
 def reverse_time(state):
@@ -575,11 +693,15 @@ def reverse_time(state):
 
     The sinusoidal code of 1 - t is a rotation of that of t, which folds into the first layer of the time MLP; the sign into the last layer.
     """
-    frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128).double()  # float32 values, as the network uses them
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(128) / 128
+    ).double()  # float32 values, as the network uses them
     cos, sin = frequencies.cos(), frequencies.sin()
     weight = state["t_embedder.mlp.0.weight"].double()
     w_cos, w_sin = weight[:, :128], weight[:, 128:]
-    state["t_embedder.mlp.0.weight"] = torch.cat([w_cos * cos + w_sin * sin, w_cos * sin - w_sin * cos], 1).float()
+    state["t_embedder.mlp.0.weight"] = torch.cat(
+        [w_cos * cos + w_sin * sin, w_cos * sin - w_sin * cos], 1
+    ).float()
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[name] = -state[name]
 
@@ -596,39 +718,62 @@ def load_official(path, source, num_heads, weights="ema"):
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints of these repositories hold their flags as one
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # training checkpoints of these repositories hold their flags as one
             state = load_tensors(path, mmap=False)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from None
     if isinstance(state, dict) and {"method", "log"} <= set(state):
-        raise ValueError(f"{path} is a checkpoint of the training scripts, not of official code (sample.py: leave out --official)")
+        raise ValueError(
+            f"{path} is a checkpoint of the training scripts, not of official code (sample.py: leave out --official)"
+        )
     notes = []
     if isinstance(state, dict) and ("ema" in state or "model" in state):
         if weights not in state:
-            raise ValueError(f"{path} has no {weights!r} weights, only {', '.join(map(str, state))}")
+            raise ValueError(
+                f"{path} has no {weights!r} weights, only {', '.join(map(str, state))}"
+            )
         state = state[weights]
         notes.append(f"took the {weights!r} weights of a training checkpoint")
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()):
+    if not isinstance(state, dict) or not all(
+        isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in state.items()
+    ):
         raise ValueError(f"{path} holds no state dict")
     if sum(t.nbytes for t in state.values()) > os.path.getsize(path):
         raise ValueError(f"{path} is smaller than its tensors claim to be")
-    state = {name.removeprefix("module.").removeprefix("model."): tensor for name, tensor in state.items()}
+    state = {
+        name.removeprefix("module.").removeprefix("model."): tensor
+        for name, tensor in state.items()
+    }
     heads = [name for name in state if name.startswith(TRAINING_HEADS)]
     for name in heads:
         del state[name]
     if heads:
-        notes.append(f"left out {len(heads)} tensors of training-only heads ({', '.join(sorted({n.split('.')[0] for n in heads}))})")
-    layers = {"x_embedder.proj.weight": 4, "y_embedder.embedding_table.weight": 2, "final_layer.linear.weight": 2}  # name: dimensions
+        notes.append(
+            f"left out {len(heads)} tensors of training-only heads ({', '.join(sorted({n.split('.')[0] for n in heads}))})"
+        )
+    layers = {
+        "x_embedder.proj.weight": 4,
+        "y_embedder.embedding_table.weight": 2,
+        "final_layer.linear.weight": 2,
+    }  # name: dimensions
     layers |= {"final_layer.linear.bias": 1, "pos_embed": 3, "t_embedder.mlp.0.weight": 2}
     layers |= {"mask_token": 3} if source == "maskdit" else {}
     missing = [name for name in layers if name not in state]
     if missing:
         raise ValueError(f"{path} is not a DiT or SiT checkpoint: missing {', '.join(missing)}")
-    unlike = [name for name, ndim in layers.items() if state[name].ndim != ndim or not state[name].numel()]
+    unlike = [
+        name for name, ndim in layers.items() if state[name].ndim != ndim or not state[name].numel()
+    ]
     unlike += ["t_embedder.mlp.0.weight"] * (state["t_embedder.mlp.0.weight"].shape[-1:] != (256,))
-    unlike += ["final_layer.linear.bias"] * (state["final_layer.linear.bias"].shape != state["final_layer.linear.weight"].shape[:1])
+    unlike += ["final_layer.linear.bias"] * (
+        state["final_layer.linear.bias"].shape != state["final_layer.linear.weight"].shape[:1]
+    )
     if unlike:
-        raise ValueError(f"{path} is not a DiT or SiT checkpoint: another shape of {', '.join(unlike)}")
+        raise ValueError(
+            f"{path} is not a DiT or SiT checkpoint: another shape of {', '.join(unlike)}"
+        )
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     learn_sigma = len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2
     if learn_sigma and source != "dit":
@@ -644,10 +789,16 @@ def load_official(path, source, num_heads, weights="ema"):
         notes.append("long residuals: after the block, as in DiverseDiT's released code")
     config = {}
     if source == "maskdit":
-        rows = state["y_embedder.embedding_table.weight"].T  # a linear layer of one-hot labels: (hidden, classes)
+        rows = state[
+            "y_embedder.embedding_table.weight"
+        ].T  # a linear layer of one-hot labels: (hidden, classes)
         state["y_embedder.embedding_table.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
         notes.append("null label: the official all-zero label became a zero row of the label table")
-        config["decoder"] = (len({n.split(".")[1] for n in state if n.startswith("decoder_blocks.")}), state["mask_token"].shape[2], 16)
+        config["decoder"] = (
+            len({n.split(".")[1] for n in state if n.startswith("decoder_blocks.")}),
+            state["mask_token"].shape[2],
+            16,
+        )
     config |= {
         "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
         "patch_size": patch_size,
@@ -663,10 +814,21 @@ def load_official(path, source, num_heads, weights="ema"):
     with torch.device("meta"):  # memory only for what fits
         ours = build_model(config).state_dict()
     missing, unexpected = sorted(set(ours) - set(state)), sorted(set(state) - set(ours))
-    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(ours[n].shape)}" for n in ours if n in state and state[n].shape != ours[n].shape]
+    wrong = [
+        f"{n} {tuple(state[n].shape)} for {tuple(ours[n].shape)}"
+        for n in ours
+        if n in state and state[n].shape != ours[n].shape
+    ]
     if missing or unexpected or wrong:
-        problems = [("missing", ", ".join(missing)), ("unexpected", ", ".join(unexpected)), ("wrong shape", listing(wrong))]
-        raise ValueError(f"{path} does not fit: " + "; ".join(f"{what} {names}" for what, names in problems if names))
+        problems = [
+            ("missing", ", ".join(missing)),
+            ("unexpected", ", ".join(unexpected)),
+            ("wrong shape", listing(wrong)),
+        ]
+        raise ValueError(
+            f"{path} does not fit: "
+            + "; ".join(f"{what} {names}" for what, names in problems if names)
+        )
     model = build_model(config)
     model.load_state_dict(state)
     return model.eval(), notes
@@ -684,7 +846,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, channels, eps=1e-6)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+        )
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
@@ -702,7 +866,9 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]  # (N, 1, H * W, C)
-        tokens = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        tokens = F.scaled_dot_product_attention(
+            self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        )
         return x + self.to_out[0](tokens)[:, 0].transpose(1, 2).reshape(x.shape)
 
 
@@ -721,9 +887,15 @@ class Level(nn.Module):
 
     def __init__(self, in_channels, channels, layers, groups, down=False, up=False):
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(channels if j else in_channels, channels, groups) for j in range(layers))
-        self.downsamplers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(channels, channels, 3, stride=2)}) for _ in range(down))
-        self.upsamplers = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(channels, channels, 3, padding=1)}) for _ in range(up))
+        self.resnets = nn.ModuleList(
+            ResidualBlock(channels if j else in_channels, channels, groups) for j in range(layers)
+        )
+        self.downsamplers = nn.ModuleList(
+            nn.ModuleDict({"conv": nn.Conv2d(channels, channels, 3, stride=2)}) for _ in range(down)
+        )
+        self.upsamplers = nn.ModuleList(
+            nn.ModuleDict({"conv": nn.Conv2d(channels, channels, 3, padding=1)}) for _ in range(up)
+        )
 
     def forward(self, x):
         for block in self.resnets:
@@ -740,7 +912,10 @@ class Encoder(nn.Module):
         super().__init__()
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(Level(channels[max(i - 1, 0)], c, layers, groups, down=i < last) for i, c in enumerate(channels))
+        self.down_blocks = nn.ModuleList(
+            Level(channels[max(i - 1, 0)], c, layers, groups, down=i < last)
+            for i, c in enumerate(channels)
+        )
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
@@ -758,7 +933,10 @@ class Decoder(nn.Module):
         channels, last = channels[::-1], len(channels) - 1
         self.conv_in = nn.Conv2d(latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
-        self.up_blocks = nn.ModuleList(Level(channels[max(i - 1, 0)], c, layers + 1, groups, up=i < last) for i, c in enumerate(channels))
+        self.up_blocks = nn.ModuleList(
+            Level(channels[max(i - 1, 0)], c, layers + 1, groups, up=i < last)
+            for i, c in enumerate(channels)
+        )
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
 
@@ -777,7 +955,9 @@ class AutoencoderKL(nn.Module):
     `chunk` is the number of images per forward: memory grows with it, results depend on it by rounding only.
     """
 
-    def __init__(self, channels=(128, 256, 512, 512), layers=2, latent_channels=4, groups=32, in_channels=3):
+    def __init__(
+        self, channels=(128, 256, 512, 512), layers=2, latent_channels=4, groups=32, in_channels=3
+    ):
         super().__init__()
         self.latent_channels, self.factor = latent_channels, 2 ** (len(channels) - 1)
         self.encoder = Encoder(channels, layers, latent_channels, groups, in_channels)
@@ -792,19 +972,36 @@ class AutoencoderKL(nn.Module):
         The log variance is clamped to [-30, 20]. Raises ValueError for sides that are not divisible by `factor`.
         """
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} pixels: the VAE needs sides divisible by {self.factor}")
-        moments = torch.cat([self.quant_conv(self.encoder(images)) for images in x.split(chunk)])  # (N, 8, H / 8, W / 8)
+            raise ValueError(
+                f"images of {x.shape[2]} x {x.shape[3]} pixels: the VAE needs sides divisible by {self.factor}"
+            )
+        moments = torch.cat(
+            [self.quant_conv(self.encoder(images)) for images in x.split(chunk)]
+        )  # (N, 8, H / 8, W / 8)
         mean, logvar = moments.chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     @torch.no_grad()
     def decode(self, z, chunk=4):
         """z (N, 4, h, w), i.e. latents / VAE_SCALE -> images (N, 3, 8 h, 8 w), nominally in [-1, 1], not clamped."""
-        return torch.cat([self.decoder(self.post_quant_conv(latents)) for latents in z.split(chunk)])
+        return torch.cat(
+            [self.decoder(self.post_quant_conv(latents)) for latents in z.split(chunk)]
+        )
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SAFETENSORS_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+SAFETENSORS_DTYPES |= {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def read_safetensors(path):
@@ -826,13 +1023,19 @@ def read_safetensors(path):
         for name, entry in header.items():
             if entry["dtype"] not in SAFETENSORS_DTYPES:
                 raise ValueError(f"type {entry['dtype']!r} of {name[:80]!r}")
-            dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape, (begin, end) = (
+                SAFETENSORS_DTYPES[entry["dtype"]],
+                entry["shape"],
+                entry["data_offsets"],
+            )
             if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
                 raise ValueError(f"shape or offsets of {name[:80]!r}")
             if end - begin != math.prod(shape) * dtype.itemsize or end > size - 8 - length:
                 raise ValueError(f"bytes {begin} to {end} for {name[:80]!r}")
             content = data[8 + length + begin : 8 + length + end]
-            if (8 + length + begin) % dtype.itemsize:  # a tensor cannot start there: this one is copied
+            if (
+                8 + length + begin
+            ) % dtype.itemsize:  # a tensor cannot start there: this one is copied
                 content = content.clone()
             tensors[name] = content.view(dtype).reshape(shape)
     except Exception as error:
@@ -864,9 +1067,14 @@ def load_vae(path, groups=32):
     except Exception as error:
         raise ValueError(f"{path} cannot be read as VAE weights: {first_line(error)}") from None
     content = content if is_zip else read_safetensors(path)
-    if not isinstance(content, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items()):
+    if not isinstance(content, dict) or not all(
+        isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in content.items()
+    ):
         raise ValueError(f"{path} holds no state dict")
-    if not all(t.is_floating_point() and t.layout == torch.strided and t.device.type == "cpu" for t in content.values()):
+    if not all(
+        t.is_floating_point() and t.layout == torch.strided and t.device.type == "cpu"
+        for t in content.values()
+    ):
         raise ValueError(f"{path} holds other tensors than dense ones of floating point")
     if sum(t.nbytes for t in content.values()) > os.path.getsize(path):
         raise ValueError(f"{path} is smaller than its tensors claim to be")
@@ -876,24 +1084,49 @@ def load_vae(path, groups=32):
             name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
         if name in state:
             raise ValueError(f"{path} has the same weights twice: {name[:80]!r}")
-        state[name] = tensor.squeeze((2, 3)) if ".attentions.0." in name and tensor.ndim == 4 else tensor  # 1 x 1 convolutions
+        state[name] = (
+            tensor.squeeze((2, 3)) if ".attentions.0." in name and tensor.ndim == 4 else tensor
+        )  # 1 x 1 convolutions
     levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down_blocks.")})
-    layers = len({name.split(".")[4] for name in state if name.startswith("encoder.down_blocks.0.resnets.")})
+    layers = len(
+        {name.split(".")[4] for name in state if name.startswith("encoder.down_blocks.0.resnets.")}
+    )
     first = ["encoder.conv_in.weight", "post_quant_conv.weight"]
     first += [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(max(levels, 1))]
-    missing = [n for n in first if n not in state or state[n].ndim != 4 or not 0 < min(state[n].shape) <= max(state[n].shape) < 2**13]
+    missing = [
+        n
+        for n in first
+        if n not in state
+        or state[n].ndim != 4
+        or not 0 < min(state[n].shape) <= max(state[n].shape) < 2**13
+    ]
     if missing:
         raise ValueError(f"{path} is no Stable-Diffusion VAE: no convolution {listing(missing)}")
     channels = [len(state[name]) for name in first[2:]]
     if any(width % groups for width in channels):
-        raise ValueError(f"{path} has {', '.join(map(str, channels))} channels, which {groups} groups do not divide")
+        raise ValueError(
+            f"{path} has {', '.join(map(str, channels))} channels, which {groups} groups do not divide"
+        )
     with torch.device("meta"):
-        model = AutoencoderKL(channels, layers, state[first[1]].shape[0], groups, state[first[0]].shape[1])
+        model = AutoencoderKL(
+            channels, layers, state[first[1]].shape[0], groups, state[first[0]].shape[1]
+        )
     ours = model.state_dict()
-    wrong = [f"{n} {tuple(state[n].shape)} for {tuple(ours[n].shape)}" for n in ours if n in state and state[n].shape != ours[n].shape]
-    problems = [("missing", sorted(set(ours) - set(state))), ("unexpected", sorted(set(state) - set(ours))), ("wrong shape", wrong)]
+    wrong = [
+        f"{n} {tuple(state[n].shape)} for {tuple(ours[n].shape)}"
+        for n in ours
+        if n in state and state[n].shape != ours[n].shape
+    ]
+    problems = [
+        ("missing", sorted(set(ours) - set(state))),
+        ("unexpected", sorted(set(state) - set(ours))),
+        ("wrong shape", wrong),
+    ]
     if any(names for _, names in problems):
-        raise ValueError(f"{path} does not fit: " + "; ".join(f"{what} {listing(names)}" for what, names in problems if names))
+        raise ValueError(
+            f"{path} does not fit: "
+            + "; ".join(f"{what} {listing(names)}" for what, names in problems if names)
+        )
     model.to_empty(device="cpu").load_state_dict(state)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -916,9 +1149,13 @@ class LatentCache(torch.utils.data.Dataset):
         self.path, self.header, self.classes = path, header, header["classes"]
         _, labels, moments, _ = latent_layout(header)
         self.labels = np.memmap(path, np.int32, "r", labels, (header["count"],))
-        self.moments = np.memmap(path, np.float16, "r", moments, (header["count"], 2, *header["moments"]))
+        self.moments = np.memmap(
+            path, np.float16, "r", moments, (header["count"], 2, *header["moments"])
+        )
         if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
-            raise ValueError(f"{path} has labels outside its {len(self.classes)} classes: move it away to encode anew")
+            raise ValueError(
+                f"{path} has labels outside its {len(self.classes)} classes: move it away to encode anew"
+            )
 
     def __reduce__(self):  # for loader processes: the name, not 42 GB
         return LatentCache, (self.path, self.header)
@@ -929,7 +1166,9 @@ class LatentCache(torch.utils.data.Dataset):
     def __getitems__(self, keys):
         """[(index, flip), ...] -> float16 moments (N, 2 C, h, w), means before log-variances, and int64 labels (N,)."""
         index, flip = np.array(keys, dtype=np.int64).T
-        return torch.from_numpy(self.moments[index, flip]), torch.from_numpy(self.labels[index].astype(np.int64))
+        return torch.from_numpy(self.moments[index, flip]), torch.from_numpy(
+            self.labels[index].astype(np.int64)
+        )
 
     def prepare(self, moments):
         """A fresh sample of the posterior, scaled to about unit variance: (N, 2 C, h, w) -> (N, C, h, w) float32, on the same device."""
@@ -956,11 +1195,18 @@ def check_latents(path, expected):
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a file of latents: move it away") from None
     if unlike:
-        shown = ", ".join(f"{k} {' '.join(str(header[k])[:20].split())} (needed: {str(expected[k])[:20]})" for k in unlike)
-        raise ValueError(f"{path} holds latents of another data set or VAE: {shown}; move it away to encode anew")
+        shown = ", ".join(
+            f"{k} {' '.join(str(header[k])[:20].split())} (needed: {str(expected[k])[:20]})"
+            for k in unlike
+        )
+        raise ValueError(
+            f"{path} holds latents of another data set or VAE: {shown}; move it away to encode anew"
+        )
     size, right = path.stat().st_size, latent_layout(expected)[3]
     if size != right:
-        raise ValueError(f"{path} has {size} bytes in place of {right}: move it away to encode anew")
+        raise ValueError(
+            f"{path} has {size} bytes in place of {right}: move it away to encode anew"
+        )
 
 
 def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
@@ -976,13 +1222,30 @@ def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
     import fcntl  # not on Windows, where the rest of this file runs
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    partial, device, locks = path.with_name(f"{path.name}.partial"), next(vae.parameters()).device, []
+    partial, device, locks = (
+        path.with_name(f"{path.name}.partial"),
+        next(vae.parameters()).device,
+        [],
+    )
     if (vae.latent_channels, vae.factor) != (4, 8):
-        raise ValueError(f"the VAE has {vae.latent_channels} channels and a factor of {vae.factor}; Stable Diffusion's has 4 and 8")
+        raise ValueError(
+            f"the VAE has {vae.latent_channels} channels and a factor of {vae.factor}; Stable Diffusion's has 4 and 8"
+        )
     if images.size % 8:
         raise ValueError(f"the image size {images.size} is not divisible by 8, as the VAE needs")
-    expected = {"format": "latents 1", "count": len(images), "classes": images.classes, "names": images.digest, "size": images.size}
-    expected |= {"crop": "ADM centre", "vae": vae_hash, "scale": VAE_SCALE, "moments": [8, images.size // 8, images.size // 8]}
+    expected = {
+        "format": "latents 1",
+        "count": len(images),
+        "classes": images.classes,
+        "names": images.digest,
+        "size": images.size,
+    }
+    expected |= {
+        "crop": "ADM centre",
+        "vae": vae_hash,
+        "scale": VAE_SCALE,
+        "moments": [8, images.size // 8, images.size // 8],
+    }
     flags, labels, moments, end = latent_layout(expected)
     text = json.dumps(expected).encode().ljust(2**20, b"\0")
 
@@ -993,9 +1256,14 @@ def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
         if len(text) > 2**20:
             raise ValueError(f"the names of {len(images.classes)} classes are longer than a MiB")
         if not partial.exists():
-            room, new = shutil.disk_usage(path.parent).free, partial.with_name(f"{partial.name}.{os.getpid()}")
+            room, new = (
+                shutil.disk_usage(path.parent).free,
+                partial.with_name(f"{partial.name}.{os.getpid()}"),
+            )
             if room < end:
-                raise ValueError(f"{partial} needs {end / 1e9:.1f} GB, and there are {room / 1e9:.1f} GB")
+                raise ValueError(
+                    f"{partial} needs {end / 1e9:.1f} GB, and there are {room / 1e9:.1f} GB"
+                )
             with open(new, "wb") as file:
                 file.write(text)
                 file.truncate(end)
@@ -1014,13 +1282,31 @@ def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
     if todo is None:
         return LatentCache(path, expected)
     check_latents(partial, expected)  # what this process sees under that name
-    mine, errors, finished = todo[rank::world].tolist(), [], np.memmap(partial, np.uint8, "r", flags, (expected["count"],))
-    batches = [[(i, False) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size)]
-    loader = torch.utils.data.DataLoader(images, batch_sampler=batches, num_workers=workers, collate_fn=collate)
-    size, count = 4 * math.prod(expected["moments"]), expected["count"]  # bytes of an image and its mirror; images
+    mine, errors, finished = (
+        todo[rank::world].tolist(),
+        [],
+        np.memmap(partial, np.uint8, "r", flags, (expected["count"],)),
+    )
+    batches = [
+        [(i, False) for i in mine[k : k + batch_size]] for k in range(0, len(mine), batch_size)
+    ]
+    loader = torch.utils.data.DataLoader(
+        images, batch_sampler=batches, num_workers=workers, collate_fn=collate
+    )
+    size, count = (
+        4 * math.prod(expected["moments"]),
+        expected["count"],
+    )  # bytes of an image and its mirror; images
     with (
         open(partial, "r+b") as file,
-        tqdm(total=count, initial=count - len(todo), disable=rank > 0, unit="img", desc="encoding", dynamic_ncols=True) as bar,
+        tqdm(
+            total=count,
+            initial=count - len(todo),
+            disable=rank > 0,
+            unit="img",
+            desc="encoding",
+            dynamic_ncols=True,
+        ) as bar,
     ):
         for keys, batch in zip(batches, loader):
             if isinstance(batch, str):
@@ -1029,9 +1315,13 @@ def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
             x = batch[0].to(device).float() / 127.5 - 1
             encoded = torch.cat(vae.encode(torch.cat([x, x.flip(3)])), 1).half()  # (2 N, 2 C, h, w)
             if not torch.isfinite(encoded).all():
-                errors.append(f"latents of images {keys[0][0]} to {keys[-1][0]} are not finite in float16: is this the right VAE?")
+                errors.append(
+                    f"latents of images {keys[0][0]} to {keys[-1][0]} are not finite in float16: is this the right VAE?"
+                )
                 break
-            pairs = encoded.unflatten(0, (2, -1)).transpose(0, 1).contiguous().cpu().numpy()  # (N, 2, 2 C, h, w)
+            pairs = (
+                encoded.unflatten(0, (2, -1)).transpose(0, 1).contiguous().cpu().numpy()
+            )  # (N, 2, 2 C, h, w)
             for (i, _), pair, label in zip(keys, pairs, batch[1].numpy().astype(np.int32)):
                 os.pwrite(file.fileno(), pair.tobytes(), moments + i * size)
                 os.pwrite(file.fileno(), label.tobytes(), labels + 4 * i)
@@ -1046,11 +1336,16 @@ def cache_latents(path, images, vae, vae_hash, collate, workers, batch_size=32):
         dist.all_gather_object(gathered, errors)
     errors = [error for some in gathered for error in some]
     if errors:
-        raise ValueError(errors[0] + f" (and {len(errors) - 1} more; the other images are encoded)" * (len(errors) > 1))
+        raise ValueError(
+            errors[0]
+            + f" (and {len(errors) - 1} more; the other images are encoded)" * (len(errors) > 1)
+        )
 
     def finish():
         if not np.memmap(partial, np.uint8, "r", flags, (count,)).all():
-            raise ValueError(f"{partial} lacks images that other processes encoded: it must be in a folder that all of them share")
+            raise ValueError(
+                f"{partial} lacks images that other processes encoded: it must be in a folder that all of them share"
+            )
         os.replace(partial, path)
 
     on_rank_0(finish)

@@ -71,12 +71,29 @@ def fail(message):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.error, add = fail, parser.add_argument
-    add("--ckpt", type=Path, required=True, help="a checkpoint, or the --out folder of a training run")
-    add("--official", choices=SOURCES, help="the checkpoint is of that official repository ('dit' also for SRA's DiT)")
+    add(
+        "--ckpt",
+        type=Path,
+        required=True,
+        help="a checkpoint, or the --out folder of a training run",
+    )
+    add(
+        "--official",
+        choices=SOURCES,
+        help="the checkpoint is of that official repository ('dit' also for SRA's DiT)",
+    )
     add("--model", help="official checkpoints: DiT-SIZE/PATCH")
-    add("--diffusion", choices=DIFFUSIONS, help="official checkpoints (default: ddpm for dit, edm for maskdit, else flow)")
+    add(
+        "--diffusion",
+        choices=DIFFUSIONS,
+        help="official checkpoints (default: ddpm for dit, edm for maskdit, else flow)",
+    )
     add("--weights", choices=("ema", "model"), default="ema")
     add("--out", type=Path, default=Path("samples"))
     add("--num", "--num-samples", type=int, default=1000)
@@ -84,14 +101,45 @@ def parse_args(argv=None):
     add("--solver", choices=("heun", "euler", "sde"), default="heun")
     add("--steps", type=int, default=50)
     add("--guidance", type=float, default=1.0, help="classifier-free guidance scale, >= 1")
-    add("--guidance-interval", type=float, nargs=2, default=(-math.inf, math.inf), metavar=("LOW", "HIGH"), help="in the diffusion's time")
-    add("--guidance-channels", type=int, help="guide the first so many channels only; 3 reproduces DiT (default: all)")
-    add("--churn", type=float, nargs=4, default=(40, 0, math.inf, 1), metavar=("S_churn", "S_min", "S_max", "S_noise"))
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(-math.inf, math.inf),
+        metavar=("LOW", "HIGH"),
+        help="in the diffusion's time",
+    )
+    add(
+        "--guidance-channels",
+        type=int,
+        help="guide the first so many channels only; 3 reproduces DiT (default: all)",
+    )
+    add(
+        "--churn",
+        type=float,
+        nargs=4,
+        default=(40, 0, math.inf, 1),
+        metavar=("S_churn", "S_min", "S_max", "S_noise"),
+    )
     add("--classes", type=int, nargs="+", help="sample these classes only")
-    add("--labels", choices=("random", "balanced"), default="random", help="a random class each (as in the papers), or in turn")
+    add(
+        "--labels",
+        choices=("random", "balanced"),
+        default="random",
+        help="a random class each (as in the papers), or in turn",
+    )
     add("--seed", type=int, default=0)
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network; the sampler's state is float64")
-    add("--vae", type=Path, help="weights that turn latents into images (default: the file that the network was trained with)")
+    add(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the network; the sampler's state is float64",
+    )
+    add(
+        "--vae",
+        type=Path,
+        help="weights that turn latents into images (default: the file that the network was trained with)",
+    )
     add("--latents", action="store_true", help="store the latents, float32, instead of images")
     add("--png", action="store_true", help="also write one PNG an image")
     args = parser.parse_args(argv)
@@ -119,7 +167,9 @@ def find_checkpoint(path):
         if not path:
             raise ValueError(f"--ckpt {folder}: no checkpoints/*.pt in this folder")
     try:
-        content = repr([(entry.filename, entry.CRC) for entry in zipfile.ZipFile(path).infolist()]).encode()
+        content = repr(
+            [(entry.filename, entry.CRC) for entry in zipfile.ZipFile(path).infolist()]
+        ).encode()
     except zipfile.BadZipFile:
         content = path.read_bytes()
     return path, hashlib.sha256(content).hexdigest()[:16]
@@ -129,7 +179,9 @@ def load_network(args, path):
     """(network, diffusion, description for the protocol) from a checkpoint file. Raises ValueError with one line."""
     if args.official:
         if not args.model:
-            raise ValueError("--official needs --model, e.g. DiT-XL/2: the number of heads is not in the weights")
+            raise ValueError(
+                "--official needs --model, e.g. DiT-XL/2: the number of heads is not in the weights"
+            )
         shape = parse_model(args.model)
         net, notes = load_official(path, args.official, shape["num_heads"], args.weights)
         unlike = [f"{k} {net.config[k]}" for k in shape if net.config[k] != shape[k]]
@@ -138,17 +190,32 @@ def load_network(args, path):
         name = args.diffusion or {"dit": "ddpm", "maskdit": "edm"}.get(args.official, "flow")
         diffusion = make_diffusion(name)
         if diffusion.learned_variance != net.config["learn_sigma"]:
-            raise ValueError(f"{path} has {net.out_channels} output channels, which does not fit --diffusion {name}")
-        return net, diffusion, {"official": args.official, "model": args.model, "diffusion": name, "notes": notes}
+            raise ValueError(
+                f"{path} has {net.out_channels} output channels, which does not fit --diffusion {name}"
+            )
+        return (
+            net,
+            diffusion,
+            {"official": args.official, "model": args.model, "diffusion": name, "notes": notes},
+        )
     if args.model or args.diffusion:
-        raise ValueError("--model and --diffusion are for official checkpoints (--official); ours say themselves what they are")
+        raise ValueError(
+            "--model and --diffusion are for official checkpoints (--official); ours say themselves what they are"
+        )
     saved = load_checkpoint(path)
     trained = saved["args"]
     if not saved[args.weights] or not {"script", "model", "diffusion", "classes"} <= set(trained):
-        raise ValueError(f"{path} is no whole checkpoint: it lacks {args.weights!r} weights, or what they were trained on")
+        raise ValueError(
+            f"{path} is no whole checkpoint: it lacks {args.weights!r} weights, or what they were trained on"
+        )
     net = build_model(trained["network"])
     net.load_state_dict(saved[args.weights])
-    about = {"script": trained["script"], "model": trained["model"], "diffusion": trained["diffusion"], "step": saved["step"]}
+    about = {
+        "script": trained["script"],
+        "model": trained["model"],
+        "diffusion": trained["diffusion"],
+        "step": saved["step"],
+    }
     about |= {"vae": trained["vae"], "vae_hash": trained["vae_hash"]} if trained.get("vae") else {}
     diffusion = make_diffusion(trained["diffusion"], clip=not trained.get("vae"))
     return net.eval(), diffusion, {"file": path.name, **about, "class_names": trained["classes"]}
@@ -158,13 +225,17 @@ def load_decoder(args, about):
     """(VAE, hash) that turn latents into images: --vae, or what the checkpoint remembers. Raises ValueError with one line."""
     file = args.vae or (Path(about["vae"]) if "vae" in about else None)
     if not file:
-        raise ValueError(f"{args.ckpt} generates latents: give --vae, the weights of their VAE, or --latents to store them as they are")
+        raise ValueError(
+            f"{args.ckpt} generates latents: give --vae, the weights of their VAE, or --latents to store them as they are"
+        )
     if not os.path.isfile(file):
         hint = "" if args.vae else f", the VAE that {args.ckpt} was trained with: give --vae"
         raise ValueError(f"no file {file}{hint}")
     vae, vae_hash = load_vae(file)
     if (vae.latent_channels, vae.factor) != (4, 8):
-        raise ValueError(f"{file} has {vae.latent_channels} channels and a factor of {vae.factor}; Stable Diffusion's VAE has 4 and 8")
+        raise ValueError(
+            f"{file} has {vae.latent_channels} channels and a factor of {vae.factor}; Stable Diffusion's VAE has 4 and 8"
+        )
     if about.get("vae_hash", vae_hash) != vae_hash:
         raise ValueError(f"{file} is another VAE than the one that {args.ckpt} was trained with")
     return vae, vae_hash
@@ -201,7 +272,11 @@ def join_parts(parts, num, protocol, path):
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-                header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (num, *first.shape[1:])}
+                header = {
+                    "descr": np.lib.format.dtype_to_descr(first.dtype),
+                    "fortran_order": False,
+                    "shape": (num, *first.shape[1:]),
+                }
                 np.lib.format.write_array_header_1_0(entry, header)
                 for part in parts:
                     entry.write(np.load(part)["images"].tobytes())
@@ -252,15 +327,31 @@ def open_output(args, protocol, size):
     description, text = args.out / "protocol.json", json.dumps(protocol, indent=1).encode()
     if description.exists():
         if description.read_bytes() != text:
-            raise ValueError(f"{args.out} holds samples of another run (see its protocol.json): choose another --out")
+            raise ValueError(
+                f"{args.out} holds samples of another run (see its protocol.json): choose another --out"
+            )
     else:
-        others = [name for name in ("samples.npz", "grid.png", "png", "parts") if (args.out / name).exists()]
+        others = [
+            name
+            for name in ("samples.npz", "grid.png", "png", "parts")
+            if (args.out / name).exists()
+        ]
         if others:
-            raise ValueError(f"{args.out} holds {others[0]} but no protocol.json that says of which run: choose another --out")
-        room = shutil.disk_usage(next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())).free
+            raise ValueError(
+                f"{args.out} holds {others[0]} but no protocol.json that says of which run: choose another --out"
+            )
+        room = shutil.disk_usage(
+            next(
+                path
+                for path in (args.out.absolute(), *args.out.absolute().parents)
+                if path.exists()
+            )
+        ).free
         if 2 * args.num * size > room:  # in parts, and put together
             need = f"--num {args.num} needs {2 * args.num * size / 1e9:.2g} GB"
-            raise ValueError(f"{need}, and {args.out} has room for {room / 1e9:.2g} GB: choose another --out")
+            raise ValueError(
+                f"{need}, and {args.out} has room for {room / 1e9:.2g} GB: choose another --out"
+            )
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(description, lambda file: file.write(text))
     (args.out / "parts").mkdir(exist_ok=True)
@@ -270,7 +361,11 @@ def open_output(args, protocol, size):
         raise ValueError(f"{finished} is damaged: delete it, and its images are made anew")
     for first, (end, path) in parts.items():
         try:
-            sound = zipfile.ZipFile(path).testzip() is None and len(np.load(path)["labels"]) == end - first and end <= args.num
+            sound = (
+                zipfile.ZipFile(path).testzip() is None
+                and len(np.load(path)["labels"]) == end - first
+                and end <= args.num
+            )
         except Exception:
             sound = False
         if not sound:
@@ -279,10 +374,15 @@ def open_output(args, protocol, size):
 
 
 def main(args):
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local >= torch.cuda.device_count():
-        fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
+        fail(
+            f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")
@@ -295,25 +395,41 @@ def main(args):
         num_classes, net = net.config["num_classes"], net.to(device)
         shape = (net.config["in_channels"], net.config["input_size"], net.config["input_size"])
         diffusion.times(args.steps)
-        guided = Guided(net, args.guidance, num_classes, tuple(args.guidance_interval), args.guidance_channels)
+        guided = Guided(
+            net, args.guidance, num_classes, tuple(args.guidance_interval), args.guidance_channels
+        )
         classes = args.classes or list(range(num_classes))
         if not all(0 <= c < num_classes for c in classes):
-            raise ValueError(f"--classes {' '.join(map(str, classes))}: the model knows classes 0 to {num_classes - 1}")
+            raise ValueError(
+                f"--classes {' '.join(map(str, classes))}: the model knows classes 0 to {num_classes - 1}"
+            )
         if args.guidance_channels and args.guidance_channels > shape[0]:
-            raise ValueError(f"--guidance-channels {args.guidance_channels}: the model generates {shape[0]} channels")
+            raise ValueError(
+                f"--guidance-channels {args.guidance_channels}: the model generates {shape[0]} channels"
+            )
         if args.latents and (args.png or args.vae):
             raise ValueError("--latents stores no images: leave out --png and --vae")
         if shape[0] == 3 and args.vae:
             raise ValueError(f"{args.ckpt} generates pixels: leave out --vae")
-        vae, vae_hash = load_decoder(args, about) if shape[0] != 3 and not args.latents else (None, None)
+        vae, vae_hash = (
+            load_decoder(args, about) if shape[0] != 3 and not args.latents else (None, None)
+        )
         protocol = describe(args, about, digest, shape[0], vae_hash)
-        size = math.prod(shape) * 4 if args.latents else 3 * (shape[1] * (vae.factor if vae else 1)) ** 2  # bytes of an image
+        size = (
+            math.prod(shape) * 4
+            if args.latents
+            else 3 * (shape[1] * (vae.factor if vae else 1)) ** 2
+        )  # bytes of an image
         done, batches = on_rank_0(lambda: open_output(args, protocol, size))
     except ValueError as error:
         fail(error)
     churn = dict(zip(("S_churn", "S_min", "S_max", "S_noise"), args.churn))
     parts_folder, finished = args.out / "parts", args.out / "samples.npz"
-    autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": args.precision == "bf16"}
+    autocast = {
+        "device_type": device.type,
+        "dtype": torch.bfloat16,
+        "enabled": args.precision == "bf16",
+    }
     vae, cuda, waiting = vae and vae.to(device), device.type == "cuda", None
     decoding = torch.cuda.Stream() if cuda else None
 
@@ -322,17 +438,29 @@ def main(args):
         with torch.cuda.stream(decoding), torch.autocast(**autocast):
             if sampled:
                 decoding.wait_event(sampled)
-            images = x.float() if args.latents else to_uint8(vae.decode(x.float() / VAE_SCALE) if vae else x)
+            images = (
+                x.float()
+                if args.latents
+                else to_uint8(vae.decode(x.float() / VAE_SCALE) if vae else x)
+            )
             part = {"images": images.cpu().numpy(), "labels": y.cpu().numpy()}
         write_atomically(parts_folder / f"{first}-{end}.npz", lambda file: np.savez(file, **part))
 
     pool = ThreadPoolExecutor(1)
-    bar = tqdm(total=args.num, initial=args.num - sum(b - a for a, b in batches), disable=rank > 0, unit="img", dynamic_ncols=True)
+    bar = tqdm(
+        total=args.num,
+        initial=args.num - sum(b - a for a, b in batches),
+        disable=rank > 0,
+        unit="img",
+        dynamic_ncols=True,
+    )
     for k, (first, end) in enumerate(batches):
         if k % world == rank:
             draw = ImageNoise(args.seed, range(first, end), shape, device)
             noise = draw()
-            in_turn = torch.tensor([classes[i % len(classes)] for i in range(first, end)], device=device)
+            in_turn = torch.tensor(
+                [classes[i % len(classes)] for i in range(first, end)], device=device
+            )
             y = draw.choice(classes) if args.labels == "random" else in_turn
             with torch.autocast(**autocast):
                 if args.solver == "sde":
@@ -341,7 +469,11 @@ def main(args):
                     x = sample_ode(guided, diffusion, noise, y, args.steps, args.solver)
             if waiting:
                 waiting.result()
-            waiting = pool.submit(finish, first, end, x, y, torch.cuda.current_stream().record_event()) if cuda else None
+            waiting = (
+                pool.submit(finish, first, end, x, y, torch.cuda.current_stream().record_event())
+                if cuda
+                else None
+            )
             if not cuda:
                 finish(first, end, x, y, None)
         bar.update(end - first)
@@ -353,10 +485,17 @@ def main(args):
     if rank == 0:
         parts = stored(parts_folder)
         if not done and missing_batches(parts, args.num, args.num):
-            fail(f"{parts_folder} lacks parts that other processes made: --out must be a folder that all of them share")
+            fail(
+                f"{parts_folder} lacks parts that other processes made: --out must be a folder that all of them share"
+            )
         ordered = [path for _, (_, path) in sorted(parts.items())]
         if not args.latents and (args.png or not done):
-            write_pictures([np.load(finished)["arr_0"]] if done else (np.load(path)["images"] for path in ordered), args)
+            write_pictures(
+                [np.load(finished)["arr_0"]]
+                if done
+                else (np.load(path)["images"] for path in ordered),
+                args,
+            )
         if not done:
             join_parts(ordered, args.num, protocol, finished)
         shutil.rmtree(parts_folder)

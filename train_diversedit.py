@@ -65,8 +65,26 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
-from models import VAE_SCALE, Block, cache_latents, check_log, fresh_store, hold_lock, image_grid, load_checkpoint, load_vae
-from models import newest_checkpoint, on_rank_0, open_image, parse_model, shapes, to_uint8, write_atomically
+from models import (
+    VAE_SCALE,
+    Block,
+    cache_latents,
+    check_log,
+    fresh_store,
+    hold_lock,
+    image_grid,
+    load_checkpoint,
+    load_vae,
+)
+from models import (
+    newest_checkpoint,
+    on_rank_0,
+    open_image,
+    parse_model,
+    shapes,
+    to_uint8,
+    write_atomically,
+)
 
 # --- method: DiverseDiT -----------------------------------------------------------------------------------------------------------------
 
@@ -79,23 +97,72 @@ DEFAULTS = {"ema_warmup": False, "flip": False}
 
 def method_arguments(parser):
     add = parser.add_argument_group("DiverseDiT").add_argument
-    add("--long-residual", choices=("pre", "post", "none"), default="pre", help="pre: the paper's equation; post: the released code")
-    add("--diversity-weight", type=float, help="constant weight in place of the paper's adaptive one; 0: no diversity loss")
-    add("--weight-range", type=float, nargs=2, default=(0.1, 0.5), metavar=("LOW", "HIGH"), help="of L_div: weight 0 below, 1 above")
+    add(
+        "--long-residual",
+        choices=("pre", "post", "none"),
+        default="pre",
+        help="pre: the paper's equation; post: the released code",
+    )
+    add(
+        "--diversity-weight",
+        type=float,
+        help="constant weight in place of the paper's adaptive one; 0: no diversity loss",
+    )
+    add(
+        "--weight-range",
+        type=float,
+        nargs=2,
+        default=(0.1, 0.5),
+        metavar=("LOW", "HIGH"),
+        help="of L_div: weight 0 below, 1 above",
+    )
     add("--detach-weight", action="store_true", help="no gradient through the adaptive weight")
-    add("--term-weights", type=float, nargs=3, default=(1 / 3, 1 / 3, 1 / 3), metavar=("ORTH", "MI", "DISP"))
-    add("--pairs", choices=("random", "anchor", "all"), default="random", help="which pairs of blocks are to differ")
+    add(
+        "--term-weights",
+        type=float,
+        nargs=3,
+        default=(1 / 3, 1 / 3, 1 / 3),
+        metavar=("ORTH", "MI", "DISP"),
+    )
+    add(
+        "--pairs",
+        choices=("random", "anchor", "all"),
+        default="random",
+        help="which pairs of blocks are to differ",
+    )
     add("--pair-layers", type=int, default=10, help="random: number of blocks drawn in a step")
     add("--anchor-block", type=int, default=1, help="anchor: first block of the first of 10 pairs")
-    add("--align-weight", type=float, default=0.0, help="weight of SRA's alignment on top (SRA: 0.2)")
-    add("--student-block", type=int, help="SRA: block whose projected output is aligned (default: the paper's for the model)")
-    add("--teacher-block", type=int, help="SRA: block of the EMA it is aligned with (default: the paper's for the model)")
-    add("--time-gap", type=float, default=0.2, help="SRA: the teacher is up to this much nearer to the data, as a fraction of all time")
+    add(
+        "--align-weight",
+        type=float,
+        default=0.0,
+        help="weight of SRA's alignment on top (SRA: 0.2)",
+    )
+    add(
+        "--student-block",
+        type=int,
+        help="SRA: block whose projected output is aligned (default: the paper's for the model)",
+    )
+    add(
+        "--teacher-block",
+        type=int,
+        help="SRA: block of the EMA it is aligned with (default: the paper's for the model)",
+    )
+    add(
+        "--time-gap",
+        type=float,
+        default=0.2,
+        help="SRA: the teacher is up to this much nearer to the data, as a fraction of all time",
+    )
 
 
 def block_pairs(depth, pairs, anchor):
     """Pairs (i, j), i < j, of blocks counted from 1: all, or ten as in the released loss.py, from (anchor, anchor + 1) on."""
-    chosen = [(i, j) for i in range(anchor if pairs == "anchor" else 1, depth + 1) for j in range(i + 1, depth + 1)]
+    chosen = [
+        (i, j)
+        for i in range(anchor if pairs == "anchor" else 1, depth + 1)
+        for j in range(i + 1, depth + 1)
+    ]
     return chosen[:10] if pairs == "anchor" else chosen
 
 
@@ -137,27 +204,39 @@ class DiverseDiT(nn.Module):
         self.null_label = network["num_classes"]
         self.model = DiT(**network, long_residual=args.long_residual)
         self.ema = frozen_copy(self.model)
-        self.layers = min(args.pair_layers, depth) if args.pairs == "random" else depth  # blocks that the loss sees
+        self.layers = (
+            min(args.pair_layers, depth) if args.pairs == "random" else depth
+        )  # blocks that the loss sees
         if args.diversity_weight != 0:
             if self.layers < 2 or not 1 <= args.anchor_block < depth:
-                raise ValueError(f"no pair of blocks: need --pair-layers 2 or more, and 1 <= --anchor-block < {depth} (the depth)")
+                raise ValueError(
+                    f"no pair of blocks: need --pair-layers 2 or more, and 1 <= --anchor-block < {depth} (the depth)"
+                )
             if not 0 <= args.weight_range[0] < args.weight_range[1]:
-                raise ValueError(f"--weight-range {args.weight_range[0]} {args.weight_range[1]}: need 0 <= LOW < HIGH")
+                raise ValueError(
+                    f"--weight-range {args.weight_range[0]} {args.weight_range[1]}: need 0 <= LOW < HIGH"
+                )
             if not all(0 <= w < math.inf for w in args.term_weights):
-                raise ValueError(f"--term-weights {' '.join(map(str, args.term_weights))}: must be 0 or more")
+                raise ValueError(
+                    f"--term-weights {' '.join(map(str, args.term_weights))}: must be 0 or more"
+                )
             pairs = torch.zeros(self.layers, self.layers)
             for i, j in block_pairs(self.layers, args.pairs, args.anchor_block):
                 pairs[i - 1, j - 1] = 1
             self.register_buffer("pairs", pairs, persistent=False)
         if args.align_weight > 0:
             if args.diffusion == "edm":
-                raise ValueError("SRA is defined for --diffusion flow, gvp and ddpm; with edm only --align-weight 0")
+                raise ValueError(
+                    "SRA is defined for --diffusion flow, gvp and ddpm; with edm only --align-weight 0"
+                )
             student, teacher = alignment_blocks(depth, args.diffusion == "ddpm")
             self.student_block = student if args.student_block is None else args.student_block
             self.teacher_block = teacher if args.teacher_block is None else args.teacher_block
             if not 1 <= self.student_block <= self.teacher_block <= depth:
                 blocks = f"{self.student_block} and {self.teacher_block}"
-                raise ValueError(f"student and teacher block {blocks}: need 1 <= student <= teacher <= {depth} (the depth)")
+                raise ValueError(
+                    f"student and teacher block {blocks}: need 1 <= student <= teacher <= {depth} (the depth)"
+                )
             self.head = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D))
             for layer in (self.head[0], self.head[2]):
                 nn.init.xavier_uniform_(layer.weight)
@@ -178,12 +257,20 @@ class DiverseDiT(nn.Module):
         noise = torch.randn_like(x0) if noise is None else noise
         drop = torch.rand(n, device=x0.device) if drop is None else drop
         u = torch.rand(n, device=x0.device) if u is None else u
-        layers = tuple(self.choose_layers() if layers is None else layers) if args.diversity_weight != 0 else ()
+        layers = (
+            tuple(self.choose_layers() if layers is None else layers)
+            if args.diversity_weight != 0
+            else ()
+        )
         aligned = (self.student_block,) if args.align_weight > 0 else ()
         y = torch.where(drop < args.label_drop, self.null_label, y)
         x_t = self.diffusion.add_noise(x0, noise, t)
         inputs = (*self.diffusion.net_inputs(x_t, t), y)
-        out, features = self.model(*inputs, features=layers + aligned) if layers + aligned else (self.model(*inputs), {})
+        out, features = (
+            self.model(*inputs, features=layers + aligned)
+            if layers + aligned
+            else (self.model(*inputs), {})
+        )
         denoise = self.diffusion.loss(out, x0, noise, t).mean()
         total, terms = denoise, {"denoise": denoise}
         if layers:
@@ -193,15 +280,25 @@ class DiverseDiT(nn.Module):
             if args.diversity_weight is not None:
                 weight = torch.full_like(weight, args.diversity_weight)
             total = total + (weight.detach() if args.detach_weight else weight) * diversity
-            terms |= {"diversity": diversity, "orth": orth, "mi": mi, "disp": disp, "weight": weight}
+            terms |= {
+                "diversity": diversity,
+                "orth": orth,
+                "mi": mi,
+                "disp": disp,
+                "weight": weight,
+            }
         if aligned:  # SRA, as in train_sra.py
             earlier = (t - args.time_gap * u).clamp(0, 1)
             if t.dtype == torch.int64:
                 earlier = (t - (u * round(1000 * args.time_gap)).long()).clamp(1, 999)
             x_teacher = self.diffusion.add_noise(x0, noise, earlier)
             with torch.no_grad():
-                target = self.ema.tokens_after(*self.diffusion.net_inputs(x_teacher, earlier), y, self.teacher_block)  # (N, T, D)
-            align = F.smooth_l1_loss(self.head(features[self.student_block]).float(), target.float(), beta=0.05)
+                target = self.ema.tokens_after(
+                    *self.diffusion.net_inputs(x_teacher, earlier), y, self.teacher_block
+                )  # (N, T, D)
+            align = F.smooth_l1_loss(
+                self.head(features[self.student_block]).float(), target.float(), beta=0.05
+            )
             total, terms = total + args.align_weight * align, {**terms, "align": align}
         return {"loss": total, **terms}
 
@@ -230,7 +327,11 @@ SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each 
 def fail(message, every_rank=False):
     """A user error: one line on stderr, exit code 2. What every rank sees, the first of each machine prints; the others wait for it."""
     if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        print(
+            f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}",
+            file=sys.stderr,
+            flush=True,
+        )
     else:
         time.sleep(3)
     sys.exit(2)
@@ -244,42 +345,106 @@ def explain(kind, error, trace):
     elif issubclass(kind, dist.DistError):
         text += " (a process was lost, or they cannot reach each other)"
     elif "gloo/transport" in text:
-        text = text.partition(". ")[0] + " (another process was lost: the same command goes on from the newest checkpoint)"
+        text = (
+            text.partition(". ")[0]
+            + " (another process was lost: the same command goes on from the newest checkpoint)"
+        )
     elif not issubclass(kind, (OSError, KeyboardInterrupt)):
         return sys.__excepthook__(kind, error, trace)
-    print(f"\n{Path(sys.argv[0]).name}: error: {text}", file=sys.__stderr__, flush=True)  # torch.distributed redirects sys.stderr here
+    print(
+        f"\n{Path(sys.argv[0]).name}: error: {text}", file=sys.__stderr__, flush=True
+    )  # torch.distributed redirects sys.stderr here
     os._exit(1)  # at once: threads that wait for other processes would not end
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error, add, switch = fail, parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
-    add("--data", default="shapes", help="'shapes' (built in) or a folder of class folders of images")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error, add, switch = (
+        fail,
+        parser.add_argument_group("run").add_argument,
+        argparse.BooleanOptionalAction,
+    )
+    add(
+        "--data",
+        default="shapes",
+        help="'shapes' (built in) or a folder of class folders of images",
+    )
     add("--image-size", type=int, default=32, help="side in pixels; images are cropped as in ADM")
-    add("--vae", help="weights of the Stable-Diffusion VAE (.safetensors or .bin): train on its latents, encoded once")
+    add(
+        "--vae",
+        help="weights of the Stable-Diffusion VAE (.safetensors or .bin): train on its latents, encoded once",
+    )
     add("--latents", help="the file that caches them (default: DATA.SIZE.latents)")
     add("--flip", action=switch, default=True, help="mirror half of the images")
-    add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder of log.jsonl, samples/, checkpoints/")
+    add(
+        "--out",
+        default=f"results/{Path(sys.argv[0]).stem}",
+        help="folder of log.jsonl, samples/, checkpoints/",
+    )
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
     add("--diffusion", choices=DIFFUSIONS, default="flow")
     add("--qk-norm", action=switch, default=False)
     add("--steps", type=int, default=400_000)
-    add("--batch-size", type=int, default=256, help="global: over all processes and accumulated micro-batches")
-    add("--micro-batch", type=int, help="images per process and forward (default: all of the process's share)")
+    add(
+        "--batch-size",
+        type=int,
+        default=256,
+        help="global: over all processes and accumulated micro-batches",
+    )
+    add(
+        "--micro-batch",
+        type=int,
+        help="images per process and forward (default: all of the process's share)",
+    )
     add("--lr", type=float, default=1e-4)
     add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
     add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
     add("--ema-decay", type=float, default=0.9999)
-    add("--ema-warmup", action=switch, default=True, help="decay min(ema-decay, (1 + s) / (10 + s)) at step s")
-    add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label, for guidance")
-    add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, fp32 on CPU)")
+    add(
+        "--ema-warmup",
+        action=switch,
+        default=True,
+        help="decay min(ema-decay, (1 + s) / (10 + s)) at step s",
+    )
+    add(
+        "--label-drop",
+        type=float,
+        default=0.1,
+        help="share of labels replaced by the null label, for guidance",
+    )
+    add(
+        "--precision",
+        choices=("bf16", "fp32"),
+        help="autocast (default: bf16 on CUDA, fp32 on CPU)",
+    )
     add("--compile", action=switch, default=False, help="torch.compile every transformer block")
-    add("--checkpointing", action=switch, default=False, help="keep no activations of blocks: a third more time, far less memory")
+    add(
+        "--checkpointing",
+        action=switch,
+        default=False,
+        help="keep no activations of blocks: a third more time, far less memory",
+    )
     add("--seed", type=int, default=0)
-    add("--workers", type=int, help="data-loading processes per rank (default: 8 on CUDA, 0 on CPU)")
+    add(
+        "--workers", type=int, help="data-loading processes per rank (default: 8 on CUDA, 0 on CPU)"
+    )
     add("--log-every", type=int, default=50)
-    add("--sample-every", type=int, default=10_000, help="steps between sample grids; 0: only at the end")
-    add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: only at the end")
+    add(
+        "--sample-every",
+        type=int,
+        default=10_000,
+        help="steps between sample grids; 0: only at the end",
+    )
+    add(
+        "--save-every",
+        type=int,
+        default=10_000,
+        help="steps between checkpoints; 0: only at the end",
+    )
     add("--keep", type=int, default=0, help="how many checkpoints to keep, the newest; 0: all")
     method_arguments(parser)
     parser.set_defaults(vae_hash=None, **DEFAULTS)
@@ -289,7 +454,10 @@ def parse_args(argv=None):
     least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
     most = {"ema_decay": 1, "label_drop": 1, "time_gap": 1, "mask_ratio": 1}
     for name, value in vars(args).items():
-        if value == "" or (isinstance(value, (int, float)) and not least.get(name, 0) <= value <= most.get(name, 2**63 - 1)):
+        if value == "" or (
+            isinstance(value, (int, float))
+            and not least.get(name, 0) <= value <= most.get(name, 2**63 - 1)
+        ):
             fail(f"--{name.replace('_', '-')} {value!r} is out of range")
     return args
 
@@ -298,14 +466,24 @@ def draw_shape(index, size):
     """Image `index` of the built-in data, class index % 10: place, size, tilt and the grey behind it depend on the index alone."""
     rng = np.random.default_rng(index)
     colour, corners, parts, turn, hole = list(SHAPES.values())[index % len(SHAPES)]
-    centre, radius, grey = rng.uniform(0.46, 0.54, 2), rng.uniform(0.34, 0.42), (int(rng.integers(200, 245)),) * 3
+    centre, radius, grey = (
+        rng.uniform(0.46, 0.54, 2),
+        rng.uniform(0.34, 0.42),
+        (int(rng.integers(200, 245)),) * 3,
+    )
     tilt = np.radians(turn + rng.uniform(-5, 5))
     image = Image.new("RGB", (4 * size, 4 * size), grey)
-    for (width, height), fill in [(part, colour) for part in parts] + [((hole, hole), grey)] * (hole > 0):
+    for (width, height), fill in [(part, colour) for part in parts] + [((hole, hole), grey)] * (
+        hole > 0
+    ):
         angles = 2 * np.pi * np.arange(corners) / corners + (np.pi / 4 if corners == 4 else 0)
         x, y = width * np.sin(angles), -height * np.cos(angles)
-        points = np.stack([x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)], 1)
-        ImageDraw.Draw(image).polygon(list(map(tuple, 4 * size * (centre + radius * points))), fill=fill)
+        points = np.stack(
+            [x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)], 1
+        )
+        ImageDraw.Draw(image).polygon(
+            list(map(tuple, 4 * size * (centre + radius * points))), fill=fill
+        )
     return image.resize((size, size), Image.Resampling.BOX)
 
 
@@ -315,29 +493,49 @@ def center_crop(image, size):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop(
+        (left, top, left + size, top + size)
+    )
 
 
 class Images(torch.utils.data.Dataset):
     """Items by (index, flip): uint8 (3, size, size) and label, or a message naming an unreadable file. Classes in alphabetical order."""
 
     def __init__(self, data, size, rank, world, check=True):
-        self.size, self.classes, self.files, self.length, self.digest = size, list(SHAPES), None, 20_000, "shapes"
+        self.size, self.classes, self.files, self.length, self.digest = (
+            size,
+            list(SHAPES),
+            None,
+            20_000,
+            "shapes",
+        )
         if data == "shapes":
             return
         if not os.path.isdir(data):
             fail(f"--data {data}: no such folder")
         self.files, self.classes, names = [], [], hashlib.sha256()
         for name in sorted(os.listdir(data)):
-            paths = (os.path.join(folder, file) for folder, _, files in os.walk(os.path.join(data, name)) for file in files)
-            paths = sorted(path for path in paths if path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
+            paths = (
+                os.path.join(folder, file)
+                for folder, _, files in os.walk(os.path.join(data, name))
+                for file in files
+            )
+            paths = sorted(
+                path
+                for path in paths
+                if path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+            )
             self.files += [(path, len(self.classes)) for path in paths]
             self.classes += [name] if paths else []
             names.update(repr([os.path.relpath(path, data) for path in paths]).encode())
         if not self.files:
-            fail(f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)")
+            fail(
+                f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)"
+            )
         self.length, self.digest = len(self.files), names.hexdigest()
-        for path, _ in self.files[rank::world] if check else ():  # headers only: this finds most bad files before training
+        for path, _ in (
+            self.files[rank::world] if check else ()
+        ):  # headers only: this finds most bad files before training
             try:
                 open_image(path).close()
             except Exception as error:
@@ -353,7 +551,11 @@ class Images(torch.utils.data.Dataset):
         index, flip = key
         path, label = self.files[index] if self.files else (None, index % len(SHAPES))
         try:
-            image = center_crop(open_image(path).convert("RGB"), self.size) if path else draw_shape(index, self.size)
+            image = (
+                center_crop(open_image(path).convert("RGB"), self.size)
+                if path
+                else draw_shape(index, self.size)
+            )
         except Exception as error:
             return f"cannot read image {path}: {error}"
         pixels = np.asarray(image).transpose(2, 0, 1)
@@ -364,7 +566,9 @@ def collate(items):
     """Images (N, 3, H, W) and labels (N,), or the first error: messages cross process boundaries as text."""
     if isinstance(items, tuple):  # latents come as whole batches
         return items
-    return next((item for item in items if isinstance(item, str)), None) or torch.utils.data.default_collate(items)
+    return next(
+        (item for item in items if isinstance(item, str)), None
+    ) or torch.utils.data.default_collate(items)
 
 
 def read_order(length, args, rank, world, start):
@@ -404,36 +608,60 @@ def main(method_cls, args):
     Every trainable parameter must get a gradient in every step (DDP). State below `frozen` is not saved.
     """
     sys.excepthook = explain
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     cuda, out = device.type == "cuda", Path(args.out)
     if cuda and local >= torch.cuda.device_count():
-        fail(f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs")
+        fail(
+            f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs"
+        )
     torch.set_float32_matmul_precision("high")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
     args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
     accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
     if rest or not accumulate:
-        fail(f"--batch-size {args.batch_size} is not divisible by {world} processes x --micro-batch {args.micro_batch}")
+        fail(
+            f"--batch-size {args.batch_size} is not divisible by {world} processes x --micro-batch {args.micro_batch}"
+        )
     bf16 = (args.precision or ("bf16" if cuda else "fp32")) == "bf16"
 
     latents = Path(args.latents or f"{args.data.rstrip('/')}.{args.image_size}.latents")
-    data = Images(args.data, args.image_size, rank, world, check=not (args.vae and latents.exists()))
+    data = Images(
+        args.data, args.image_size, rank, world, check=not (args.vae and latents.exists())
+    )
     if len(data.classes) < 2 and args.label_drop > 0:
-        fail(f"--data {args.data} has one class folder, {data.classes[0]}: guidance needs two or more; or use --label-drop 0")
+        fail(
+            f"--data {args.data} has one class folder, {data.classes[0]}: guidance needs two or more; or use --label-drop 0"
+        )
     if len(data) < args.batch_size:
-        fail(f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}")
+        fail(
+            f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}"
+        )
 
-    vae, channels, side = (None, 4, args.image_size // 8) if args.vae else (None, 3, args.image_size)
+    vae, channels, side = (
+        (None, 4, args.image_size // 8) if args.vae else (None, 3, args.image_size)
+    )
     diffusion = make_diffusion(args.diffusion, clip=not args.vae)
     try:
         if args.vae:
             vae, args.vae_hash = load_vae(args.vae)
             vae.to(device)
         torch.manual_seed(args.seed)
-        network = {"input_size": side, "in_channels": channels, "num_classes": len(data.classes), **parse_model(args.model)}
-        method = method_cls(args, {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm}, diffusion).to(device)
+        network = {
+            "input_size": side,
+            "in_channels": channels,
+            "num_classes": len(data.classes),
+            **parse_model(args.model),
+        }
+        method = method_cls(
+            args,
+            {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm},
+            diffusion,
+        ).to(device)
     except ValueError as error:
         fail(error)
     parameters = [p for p in method.parameters() if p.requires_grad]
@@ -444,7 +672,12 @@ def main(method_cls, args):
             torch.cuda.set_device(device)
         meeting = {"store": fresh_store(rank, world), "rank": rank, "world_size": world}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **meeting)
-    description = {**vars(args), "script": Path(sys.argv[0]).name, "classes": data.classes, "network": method.model.config}
+    description = {
+        **vars(args),
+        "script": Path(sys.argv[0]).name,
+        "classes": data.classes,
+        "network": method.model.config,
+    }
 
     def stored_state():  # all but a frozen teacher, which its own checkpoint holds
         return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
@@ -465,16 +698,32 @@ def main(method_cls, args):
         fail(error)
     step, rows = 0, []
     if saved:
-        compared = {k: v for k, v in description.items() if k not in ("out", "workers", "checkpointing", "keep")}
+        compared = {
+            k: v
+            for k, v in description.items()
+            if k not in ("out", "workers", "checkpointing", "keep")
+        }
         was = {k: saved["args"].get(k) for k, v in compared.items() if saved["args"].get(k) != v}
         named = {"classes": "other classes", "vae_hash": "another VAE"}
-        changed = [f"--{k.replace('_', '-')} {description[k]} (it has {v})" for k, v in was.items() if k not in ("network", *named)]
+        changed = [
+            f"--{k.replace('_', '-')} {description[k]} (it has {v})"
+            for k, v in was.items()
+            if k not in ("network", *named)
+        ]
         changed += [text for k, text in named.items() if k in was]
-        state = {f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()} | saved["method"]
+        state = {
+            f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()
+        } | saved["method"]
         if saved["step"] > args.steps:
-            fail(f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out")
-        if {"script", "classes", "network", "diffusion", "vae_hash"} & set(was) or shapes(state) != shapes(stored_state()):
-            fail(f"{path} does not fit {', '.join(changed) or 'this network'}: use the flags it was made with, or another --out")
+            fail(
+                f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out"
+            )
+        if {"script", "classes", "network", "diffusion", "vae_hash"} & set(was) or shapes(
+            state
+        ) != shapes(stored_state()):
+            fail(
+                f"{path} does not fit {', '.join(changed) or 'this network'}: use the flags it was made with, or another --out"
+            )
         if changed and rank == 0:
             print(f"resuming with {', '.join(changed)}", flush=True)
         method.load_state_dict(state, strict=False)  # strict above
@@ -488,31 +737,69 @@ def main(method_cls, args):
         except (ValueError, OSError) as error:
             fail(error)
     method.model.checkpointing = args.checkpointing
-    wrapped, options = method, {"device_ids": [local] if cuda else None, "broadcast_buffers": False, "gradient_as_bucket_view": True}
+    wrapped, options = (
+        method,
+        {
+            "device_ids": [local] if cuda else None,
+            "broadcast_buffers": False,
+            "gradient_as_bucket_view": True,
+        },
+    )
     if world > 1:
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # its new name is unknown to older versions
-        wrapped = nn.parallel.DistributedDataParallel(method, **options)  # starts by giving every rank the weights and EMA of rank 0
+        warnings.filterwarnings(
+            "ignore", message=".*broadcast_buffers"
+        )  # its new name is unknown to older versions
+        wrapped = nn.parallel.DistributedDataParallel(
+            method, **options
+        )  # starts by giving every rank the weights and EMA of rank 0
     if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # blocks are compiled one by one: nothing for DDP to split
+        torch._dynamo.config.optimize_ddp = (
+            False  # blocks are compiled one by one: nothing for DDP to split
+        )
         for module in method.modules():
             if isinstance(module, Block):
                 module.compile(dynamic=getattr(method, "dynamic", None))
 
     def save():
         own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
-        content = {"model": method.model.state_dict(), "ema": method.ema.state_dict(), "method": own, "optimizer": optimizer.state_dict()}
-        content |= {"step": step, "args": description, "log": torch.tensor(rows, dtype=torch.float64)}
+        content = {
+            "model": method.model.state_dict(),
+            "ema": method.ema.state_dict(),
+            "method": own,
+            "optimizer": optimizer.state_dict(),
+        }
+        content |= {
+            "step": step,
+            "args": description,
+            "log": torch.tensor(rows, dtype=torch.float64),
+        }
         path = out / "checkpoints" / f"{step:07d}.pt"
         write_atomically(path, lambda file: torch.save(content, file))
-        older = sorted((p for p in path.parent.glob("*.pt") if p.stem.isdigit() and int(p.stem) < step), key=lambda p: int(p.stem))
-        for p in older[: max(0, len(older) - args.keep + 1)] if args.keep else ():  # the new one is whole
+        older = sorted(
+            (p for p in path.parent.glob("*.pt") if p.stem.isdigit() and int(p.stem) < step),
+            key=lambda p: int(p.stem),
+        )
+        for p in (
+            older[: max(0, len(older) - args.keep + 1)] if args.keep else ()
+        ):  # the new one is whole
             p.unlink()
 
     def draw_samples(lines=4):  # one column a class, at most ten
-        labels = np.linspace(0, len(data.classes) - 1, min(10, len(data.classes))).round().astype(int).tolist() * lines
+        labels = (
+            np.linspace(0, len(data.classes) - 1, min(10, len(data.classes)))
+            .round()
+            .astype(int)
+            .tolist()
+            * lines
+        )
         noise = ImageNoise(args.seed, range(len(labels)), (channels, side, side), device)()
-        images = sample_ode(method.ema, diffusion, noise, torch.tensor(labels, device=device), 50, "euler")
-        grid = image_grid(to_uint8(vae.decode(images.float() / VAE_SCALE) if vae else images), len(labels) // lines)
+        images = sample_ode(
+            method.ema, diffusion, noise, torch.tensor(labels, device=device), 50, "euler"
+        )
+        grid = image_grid(
+            to_uint8(vae.decode(images.float() / VAE_SCALE) if vae else images),
+            len(labels) // lines,
+        )
         write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
 
     stop = []  # times of signals. The first ends the run after this step; one that comes 2 s later, at once: torchrun repeats the first
@@ -525,14 +812,34 @@ def main(method_cls, args):
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     order = read_order(len(data), args, rank, world, step)
-    options = {"num_workers": workers, "collate_fn": collate, "pin_memory": cuda, "worker_init_fn": outlive_signals}
+    options = {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "pin_memory": cuda,
+        "worker_init_fn": outlive_signals,
+    }
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     if rank == 0:
-        hardware = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-        start = {"start": step, "command": sys.argv, "torch": torch.__version__, "processes": world, "hardware": hardware, **description}
-        lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").exists() else []
-        lines = [line for line in lines if logged_step(line) <= step]  # a killed run may have logged further
+        hardware = (
+            torch.cuda.get_device_name(device)
+            if cuda
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        start = {
+            "start": step,
+            "command": sys.argv,
+            "torch": torch.__version__,
+            "processes": world,
+            "hardware": hardware,
+            **description,
+        }
+        lines = (
+            (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").exists() else []
+        )
+        lines = [
+            line for line in lines if logged_step(line) <= step
+        ]  # a killed run may have logged further
         text = "".join(f"{line}\n" for line in [*lines, json.dumps(start)])
         write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
         bar.write(f"batch {args.batch_size} = {world} processes x {accumulate} micro-batches x {args.micro_batch}; {len(data)} images; "
@@ -541,7 +848,9 @@ def main(method_cls, args):
     pending, names, timer, timed = [], [], 0.0, None
     while step < args.steps:
         flag = torch.tensor(float(len(stop)))
-        agreement = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if world > 1 else None  # do all ranks stop after this step?
+        agreement = (
+            dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if world > 1 else None
+        )  # do all ranks stop after this step?
         torch.manual_seed(seed_of(args.seed, rank, step))
         method.step, sums = step, 0
         for group in optimizer.param_groups:
@@ -553,7 +862,11 @@ def main(method_cls, args):
                 fail(batch, every_rank=True)
             x0, y = (v.to(device, non_blocking=True) for v in batch)
             x0 = data.prepare(x0)
-            with contextlib.nullcontext() if micro == accumulate - 1 or world == 1 else wrapped.no_sync():
+            with (
+                contextlib.nullcontext()
+                if micro == accumulate - 1 or world == 1
+                else wrapped.no_sync()
+            ):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     terms = wrapped(x0, y)
                 (terms["loss"] / accumulate).backward()
@@ -569,7 +882,9 @@ def main(method_cls, args):
             method.after_step(step, args.steps)
         step, names = step + 1, [*terms, "grad_norm"]
         pending.append(torch.cat([sums, norm.detach().float().reshape(1)]))
-        timer, timed = (time.perf_counter(), 0) if timed is None else (timer, timed + args.batch_size)  # the first step is not timed
+        timer, timed = (
+            (time.perf_counter(), 0) if timed is None else (timer, timed + args.batch_size)
+        )  # the first step is not timed
         if agreement:
             agreement.wait()
         stopping = bool(flag) or step == args.steps
@@ -598,7 +913,18 @@ def main(method_cls, args):
             if rank == 0:
                 epoch = step * args.batch_size / len(data)
                 with open(out / "log.jsonl", "a") as log:
-                    log.write(json.dumps({"step": step, **averages, "lr": group["lr"], "epoch": epoch, "images_per_s": rate}) + "\n")
+                    log.write(
+                        json.dumps(
+                            {
+                                "step": step,
+                                **averages,
+                                "lr": group["lr"],
+                                "epoch": epoch,
+                                "images_per_s": rate,
+                            }
+                        )
+                        + "\n"
+                    )
         if rank == 0 and sampling:
             draw_samples()
         if rank == 0 and saving:
@@ -608,7 +934,11 @@ def main(method_cls, args):
         timer, timed = time.perf_counter(), 0
     bar.close()
     if rank == 0:
-        print(f"step {step} of {args.steps}, in {out}" + ("" if step == args.steps else ": the same command goes on from here"), flush=True)
+        print(
+            f"step {step} of {args.steps}, in {out}"
+            + ("" if step == args.steps else ": the same command goes on from here"),
+            flush=True,
+        )
     if world > 1:
         dist.barrier()
         del wrapped  # while the group lives: as its last holder it would wait, with the GIL, for a thread of gloo's that may want the GIL

@@ -17,7 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 fault, name, *flags = sys.argv[1:]
 sys.argv = [name, *flags]
 script = importlib.import_module(Path(name).stem)
-method = next(value for value in vars(script).values() if isinstance(value, type) and hasattr(value, "after_step"))
+method = next(
+    value
+    for value in vars(script).values()
+    if isinstance(value, type) and hasattr(value, "after_step")
+)
 args, rank = script.parse_args(), os.environ["RANK"]
 
 

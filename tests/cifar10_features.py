@@ -33,7 +33,14 @@ def load(path, size):
     """uint8 images (N, 3, size, size) and int64 labels (N,), classes in alphabetical order."""
     with zipfile.ZipFile(path) as archive:
         names = sorted(n for n in archive.namelist() if n.endswith(".jpg"))
-        images = np.stack([np.asarray(center_crop(Image.open(io.BytesIO(archive.read(n))).convert("RGB"), size)) for n in names])
+        images = np.stack(
+            [
+                np.asarray(
+                    center_crop(Image.open(io.BytesIO(archive.read(n))).convert("RGB"), size)
+                )
+                for n in names
+            ]
+        )
     groups = [n.split("/")[-2] for n in names]
     labels = np.unique(groups, return_inverse=True)[1]
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
@@ -41,7 +48,9 @@ def load(path, size):
 
 class Conv(nn.Sequential):
     def __init__(self, fan_in, fan_out):
-        super().__init__(nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU())
+        super().__init__(
+            nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()
+        )
 
 
 class ResNet9(nn.Module):
@@ -73,7 +82,9 @@ class Extractor(nn.Module):
     def forward(self, x):
         x = x.float() / 127.5 - 1.0
         if x.shape[-1] != self.size or x.shape[-2] != self.size:
-            x = F.interpolate(x, size=[self.size, self.size], mode="bilinear", align_corners=False, antialias=True)
+            x = F.interpolate(
+                x, size=[self.size, self.size], mode="bilinear", align_corners=False, antialias=True
+            )
         return self.net.features(x)
 
 
@@ -81,7 +92,9 @@ def augment(images):
     """Images (N, 3, S, S), all shifted alike by up to an eighth of their side, and each mirrored or not."""
     size, most = images.shape[-1], images.shape[-1] // 8
     down, right = torch.randint(0, 2 * most + 1, (2,)).tolist()
-    images = F.pad(images, (most, most, most, most), mode="reflect")[:, :, down : down + size, right : right + size]
+    images = F.pad(images, (most, most, most, most), mode="reflect")[
+        :, :, down : down + size, right : right + size
+    ]
     flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(3), images).contiguous(memory_format=torch.channels_last)
 
@@ -89,12 +102,17 @@ def augment(images):
 @torch.no_grad()
 def accuracy(net, images, labels):
     """Share of uint8 images (N, 3, S, S) whose class is found."""
-    right = sum((net(x.float() / 127.5 - 1).argmax(1) == y).sum().item() for x, y in zip(images.split(500), labels.split(500)))
+    right = sum(
+        (net(x.float() / 127.5 - 1).argmax(1) == y).sum().item()
+        for x, y in zip(images.split(500), labels.split(500))
+    )
     return right / len(images)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--train", required=True)
     add("--test", required=True)
@@ -113,28 +131,46 @@ def main():
         parser.error(f"--epochs {a.epochs}: must be at least 1")
     torch.manual_seed(a.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (x, y), (x_test, y_test) = ([t.to(device) for t in load(f, a.image_size)] for f in (a.train, a.test))
+    (x, y), (x_test, y_test) = (
+        [t.to(device) for t in load(f, a.image_size)] for f in (a.train, a.test)
+    )
     net = ResNet9(a.width).to(device, memory_format=torch.channels_last)
     steps = a.epochs * (len(x) // a.batch_size)
-    optimizer = torch.optim.SGD(net.parameters(), lr=a.lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, total_steps=steps, pct_start=0.25)
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=a.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, a.lr, total_steps=steps, pct_start=0.25
+    )
     start = time.time()
     for epoch in range(a.epochs):
         net.train()
         order = torch.randperm(len(x), device=device)
         for i in range(len(x) // a.batch_size):
             chosen = order[i * a.batch_size : (i + 1) * a.batch_size]
-            loss = F.cross_entropy(net(augment(x[chosen].float() / 127.5 - 1)), y[chosen], label_smoothing=0.1)
+            loss = F.cross_entropy(
+                net(augment(x[chosen].float() / 127.5 - 1)), y[chosen], label_smoothing=0.1
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
         found, seconds = accuracy(net.eval(), x_test, y_test), time.time() - start
-        print(f"epoch {epoch + 1}/{a.epochs}  loss {loss.item():.3f}  test accuracy {found:.4f}  {seconds:.0f} s", flush=True)
-    module = torch.jit.script(Extractor(net.cpu().to(memory_format=torch.contiguous_format), a.image_size).eval())
+        print(
+            f"epoch {epoch + 1}/{a.epochs}  loss {loss.item():.3f}  test accuracy {found:.4f}  {seconds:.0f} s",
+            flush=True,
+        )
+    module = torch.jit.script(
+        Extractor(net.cpu().to(memory_format=torch.contiguous_format), a.image_size).eval()
+    )
     module.save(a.out)
     settings = {k: v for k, v in vars(a).items() if k not in ("train", "test", "out")}
-    description = {"sha256": hashlib.sha256(a.out.read_bytes()).hexdigest(), "accuracy": found, "features": 8 * a.width, **settings}
+    description = {
+        "sha256": hashlib.sha256(a.out.read_bytes()).hexdigest(),
+        "accuracy": found,
+        "features": 8 * a.width,
+        **settings,
+    }
     a.out.with_suffix(".json").write_text(json.dumps(description) + "\n")
     print(f"saved {a.out}: {8 * a.width} features")
 

@@ -84,8 +84,22 @@ def plan(a, seed):
     checkpoint = f"{a.out}/{{}}-{seed}/checkpoints/{{:07d}}.pt"
     st = "train_selftranscendence.py"
     stage2 = ["--stage", 2, "--teacher", checkpoint.format("stage1", n // 2), "--stop-step", n // 4]
-    tuned = [*edm, "--mask-ratio", 0, "--init-from", checkpoint.format("maskdit", n - tuning), "--lr", a.lr / 2, "--warmup", 0]
-    tuned += ["--no-ema-warmup", "--ema-decay", (n - tuning + 1) / (n - tuning + 10)]  # as if its step were that of MaskDiT
+    tuned = [
+        *edm,
+        "--mask-ratio",
+        0,
+        "--init-from",
+        checkpoint.format("maskdit", n - tuning),
+        "--lr",
+        a.lr / 2,
+        "--warmup",
+        0,
+    ]
+    tuned += [
+        "--no-ema-warmup",
+        "--ema-decay",
+        (n - tuning + 1) / (n - tuning + 10),
+    ]  # as if its step were that of MaskDiT
     runs = {
         "stage1": Run("Self-Transcendence, stage 1 alone", "flow", st, ["--stage", 1], (n // 2, n), ablation=True),
         "vanilla": Run("vanilla, flow", "flow", "train_sra.py", ["--align-weight", 0], (n,), colour="#000000"),
@@ -111,7 +125,9 @@ def plan(a, seed):
     }  # fmt: skip
     for run in runs.values():
         at = quarters[1::2] if run.ablation else quarters
-        run.measured = tuple(step - run.offset for step in at if run.offset < step <= run.offset + run.steps[-1])
+        run.measured = tuple(
+            step - run.offset for step in at if run.offset < step <= run.offset + run.steps[-1]
+        )
     return runs
 
 
@@ -131,10 +147,46 @@ def words(a, name, run, seed, steps):
     """The training command, relative to the current folder."""
     twentieth, save_every = a.steps // 20, run.steps[-1] if run.offset else a.steps // 4
     log_every = twentieth // (4 if twentieth % 4 == 0 else 2 if twentieth % 2 == 0 else 1)
-    command = [os.path.relpath(ROOT / run.script), "--data", f"{a.out}/data", "--image-size", a.image_size, "--model", a.model]
-    command += ["--steps", steps, "--batch-size", a.batch_size, "--lr", a.lr, "--warmup", a.warmup, "--clip-grad", 1, "--ema-warmup"]
-    command += ["--flip", "--no-qk-norm", "--seed", seed, "--log-every", log_every, "--sample-every", 0]
-    command += ["--save-every", save_every, *a.train_flags, *run.flags, "--out", f"{a.out}/{name}-{seed}"]
+    command = [
+        os.path.relpath(ROOT / run.script),
+        "--data",
+        f"{a.out}/data",
+        "--image-size",
+        a.image_size,
+        "--model",
+        a.model,
+    ]
+    command += [
+        "--steps",
+        steps,
+        "--batch-size",
+        a.batch_size,
+        "--lr",
+        a.lr,
+        "--warmup",
+        a.warmup,
+        "--clip-grad",
+        1,
+        "--ema-warmup",
+    ]
+    command += [
+        "--flip",
+        "--no-qk-norm",
+        "--seed",
+        seed,
+        "--log-every",
+        log_every,
+        "--sample-every",
+        0,
+    ]
+    command += [
+        "--save-every",
+        save_every,
+        *a.train_flags,
+        *run.flags,
+        "--out",
+        f"{a.out}/{name}-{seed}",
+    ]
     return list(map(str, command))
 
 
@@ -147,7 +199,13 @@ def execute(command, log, threads):
         raise RuntimeError("stopped")
     with open(log, "a") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=file, text=True, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            env=environment,
+        )
         children.add(process)
         if stopped:  # the signal may have come before it was in the set
             process.terminate()
@@ -155,7 +213,9 @@ def execute(command, log, threads):
         children.discard(process)
         file.write(output)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {Path(log).read_text()[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {process.returncode}: {Path(log).read_text()[-2000:]}"
+        )
     return output
 
 
@@ -174,7 +234,9 @@ def prepare(a):
         partial, count = a.out / f"{folder}.partial", {}
         shutil.rmtree(partial, ignore_errors=True)
         with zipfile.ZipFile(archive) as file:
-            for name in sorted(n for n in file.namelist() if n.lower().endswith((".jpg", ".jpeg", ".png"))):
+            for name in sorted(
+                n for n in file.namelist() if n.lower().endswith((".jpg", ".jpeg", ".png"))
+            ):
                 parts = name.split("/")
                 if len(parts) < 2 or {"", ".", ".."} & set(parts):
                     sys.exit(f"{archive}: {name} is not SPLIT/CLASS/NAME")
@@ -189,22 +251,44 @@ def prepare(a):
     for folder, target, limit in (("test", "reference.npz", None), ("data", "floor.npz", a.num)):
         if not (a.out / target).exists():
             images = Images(str(a.out / folder), a.image_size, 0, 1)
-            indices = range(len(images)) if limit is None else np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+            indices = (
+                range(len(images))
+                if limit is None
+                else np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
+            )
             array = np.stack([images[int(k), False][0].numpy().transpose(1, 2, 0) for k in indices])
             np.savez(a.out / "partial.npz", arr_0=array)
             (a.out / "partial.npz").rename(a.out / target)
     if not a.features:
         return
     if not (a.out / "statistics.npz").exists():
-        fid = [os.path.relpath(ROOT / "fid.py"), "--features", str(a.features), "--batch-size", "250"]
-        execute([*fid, "--save-stats", f"{a.out}/statistics.npz", f"{a.out}/reference.npz"], a.out / "fid.log", None)
+        fid = [
+            os.path.relpath(ROOT / "fid.py"),
+            "--features",
+            str(a.features),
+            "--batch-size",
+            "250",
+        ]
+        execute(
+            [*fid, "--save-stats", f"{a.out}/statistics.npz", f"{a.out}/reference.npz"],
+            a.out / "fid.log",
+            None,
+        )
     measure(a, a.out / "floor.npz", a.out / "floor.json", None)
 
 
 def measure(a, samples, target, threads):
     if not target.exists():
-        fid = [os.path.relpath(ROOT / "fid.py"), str(samples), f"{a.out}/statistics.npz", "--features", str(a.features)]
-        text = execute([*fid, "--metrics", "fid", "--batch-size", "250"], a.out / "fid.log", threads)
+        fid = [
+            os.path.relpath(ROOT / "fid.py"),
+            str(samples),
+            f"{a.out}/statistics.npz",
+            "--features",
+            str(a.features),
+        ]
+        text = execute(
+            [*fid, "--metrics", "fid", "--batch-size", "250"], a.out / "fid.log", threads
+        )
         target.with_suffix(".partial").write_text(text)
         target.with_suffix(".partial").rename(target)
 
@@ -218,19 +302,29 @@ def keep_to_one_protocol(a):
     path, settings = a.out / "protocol.json", {k: getattr(a, k) for k in FIXED}
     settings |= {"train_sha256": sha256(a.train), "test_sha256": sha256(a.test)}
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        describe, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
     was = json.loads(path.read_text()) if path.exists() else {**settings, "commit": commit}
     changed = [key for key, value in settings.items() if was.get(key) != value]
     if changed:
-        sys.exit(f"{path} is of another comparison ({', '.join(changed)}): use its settings, or another --out")
+        sys.exit(
+            f"{path} is of another comparison ({', '.join(changed)}): use its settings, or another --out"
+        )
     path.write_text(json.dumps(was, indent=1) + "\n")
     if a.features:
-        beside, path, found = a.features.with_suffix(".json"), a.out / "features.json", sha256(a.features)
+        beside, path, found = (
+            a.features.with_suffix(".json"),
+            a.out / "features.json",
+            sha256(a.features),
+        )
         features = json.loads(beside.read_text()) if beside.exists() else {"sha256": found}
         if features["sha256"] != found:
             sys.exit(f"{beside} describes another file than {a.features}")
         if path.exists() and json.loads(path.read_text())["sha256"] != found:
-            sys.exit(f"{a.features} is not what was measured with: delete statistics.npz, *.json and */distance_* in {a.out} first")
+            sys.exit(
+                f"{a.features} is not what was measured with: delete statistics.npz, *.json and */distance_* in {a.out} first"
+            )
         path.write_text(json.dumps(features) + "\n")
 
 
@@ -247,14 +341,33 @@ def carry_out(a, name, run, seed):
     for step in run.measured:
         samples, result = folder / f"samples_{step:07d}", folder / f"distance_{step:07d}.json"
         if not result.exists():
-            command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", folder / "checkpoints" / f"{step:07d}.pt", "--num-samples", a.num]
-            command += ["--labels", "balanced", "--solver", "heun", "--steps", a.solver_steps, "--batch-size", 250, "--out", samples]
+            command = [
+                os.path.relpath(ROOT / "sample.py"),
+                "--ckpt",
+                folder / "checkpoints" / f"{step:07d}.pt",
+                "--num-samples",
+                a.num,
+            ]
+            command += [
+                "--labels",
+                "balanced",
+                "--solver",
+                "heun",
+                "--steps",
+                a.solver_steps,
+                "--batch-size",
+                250,
+                "--out",
+                samples,
+            ]
             execute(list(map(str, command)), folder / "output.txt", a.threads)
             if a.features:
                 measure(a, samples / "samples.npz", result, a.threads)
     if not a.features:
         return
-    found = ", ".join(f"{distance(a, name, seed, s):.3f} at step {s + run.offset}" for s in run.measured)
+    found = ", ".join(
+        f"{distance(a, name, seed, s):.3f} at step {s + run.offset}" for s in run.measured
+    )
     print(f"{name}, seed {seed}: {found or 'done'}", flush=True)
 
 
@@ -269,7 +382,10 @@ def distance(a, name, seed, step):
 
 def seconds(a, name, seed, step):
     """Seconds of training up to a step: sum of images / rate over log.jsonl; what was lost in a stop, sampling and saving do not count."""
-    lines = [json.loads(line) for line in (a.out / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (a.out / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()
+    ]
     total, last, rate = 0.0, 0, math.inf
     for line in (line for line in lines if "step" in line and line["step"] <= step):
         rate = line["images_per_s"] or rate  # 0 where a single step was run since a start
@@ -281,12 +397,27 @@ def shown(a, seed):
     """[(name, Run)] of the plan in the order of tables and figures: what continues a run stands beside it, ablations at the end."""
     runs = plan(a, seed)
     places = {name: place for place, name in enumerate(runs)}
-    return sorted(runs.items(), key=lambda item: (item[1].ablation, places[item[1].after[0] if item[1].offset else item[0]]))
+    return sorted(
+        runs.items(),
+        key=lambda item: (
+            item[1].ablation,
+            places[item[1].after[0] if item[1].offset else item[0]],
+        ),
+    )
 
 
 def collect(a):
     """Everything that is finished, as one dictionary."""
-    results, found = {}, sorted({int(path.name.rsplit("-", 1)[1]) for path in a.out.glob("*-*") if (path / "log.jsonl").exists()})
+    results, found = (
+        {},
+        sorted(
+            {
+                int(path.name.rsplit("-", 1)[1])
+                for path in a.out.glob("*-*")
+                if (path / "log.jsonl").exists()
+            }
+        ),
+    )
     for seed in found:
         for name, run in shown(a, seed):
             points = {step: distance(a, name, seed, step) for step in run.measured}
@@ -295,7 +426,11 @@ def collect(a):
             before = seconds(a, run.after[0], seed, run.after[1]) if run.after else 0.0
             folder = a.out / f"{name}-{seed}"
             checkpoint = load_checkpoint(folder / "checkpoints" / f"{run.steps[-1]:07d}.pt")
-            starts = [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "start" in line]
+            starts = [
+                line
+                for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+                if "start" in line
+            ]
             results[f"{name}-{seed}"] = {
                 "title": run.title, "noise": run.noise, "seed": seed, "ablation": run.ablation,
                 "command": "python " + " ".join(starts[-1]["command"]),
@@ -307,8 +442,14 @@ def collect(a):
                 ],
                 "hardware": starts[-1]["hardware"], "torch": starts[-1]["torch"],
             }  # fmt: skip
-    protocol, floor = json.loads((a.out / "protocol.json").read_text()), json.loads((a.out / "floor.json").read_text())
-    protocol |= {"measure": "Frechet distance in classifier features, not FID", "num_reference": floor["num_reference"]}
+    protocol, floor = (
+        json.loads((a.out / "protocol.json").read_text()),
+        json.loads((a.out / "floor.json").read_text()),
+    )
+    protocol |= {
+        "measure": "Frechet distance in classifier features, not FID",
+        "num_reference": floor["num_reference"],
+    }
     protocol["features"] = json.loads((a.out / "features.json").read_text())
     return {"protocol": protocol, "training_images": floor["frechet_distance"], "runs": results}
 
@@ -320,15 +461,37 @@ def table(results):
         names.setdefault(name.rsplit("-", 1)[0], []).append(run)
     steps = sorted({p["step"] for run in runs.values() for p in run["points"]})
     unit = {run["seed"]: run["points"][-1]["seconds"] for run in names.get("vanilla", ())}
-    lines = ["| run | noise | M parameters | " + " | ".join(f"step {s}" for s in steps) + " | time, all counted |"]
+    lines = [
+        "| run | noise | M parameters | "
+        + " | ".join(f"step {s}" for s in steps)
+        + " | time, all counted |"
+    ]
     lines.append("|---" * (4 + len(steps)) + "|")
     for group in sorted(names.values(), key=lambda runs: runs[0]["ablation"]):
-        values = [" / ".join(f"{p['distance']:.2f}" for run in group for p in run["points"] if p["step"] == s) for s in steps]
-        costs = [run["points"][-1]["seconds"] / unit[run["seed"]] for run in group if run["seed"] in unit]
-        cells = [group[0]["title"], group[0]["noise"], f"{group[0]['parameters_sampled'] / 1e6:.2f}", *values]
-        lines.append("| " + " | ".join([*cells, f"{sum(costs) / len(costs):.2f}" if costs else ""]) + " |")
+        values = [
+            " / ".join(
+                f"{p['distance']:.2f}" for run in group for p in run["points"] if p["step"] == s
+            )
+            for s in steps
+        ]
+        costs = [
+            run["points"][-1]["seconds"] / unit[run["seed"]] for run in group if run["seed"] in unit
+        ]
+        cells = [
+            group[0]["title"],
+            group[0]["noise"],
+            f"{group[0]['parameters_sampled'] / 1e6:.2f}",
+            *values,
+        ]
+        lines.append(
+            "| " + " | ".join([*cells, f"{sum(costs) / len(costs):.2f}" if costs else ""]) + " |"
+        )
     protocol = results["protocol"]
-    accuracy = f"{protocol['features']['accuracy']:.1%}" if protocol["features"].get("accuracy") else "not stated"
+    accuracy = (
+        f"{protocol['features']['accuracy']:.1%}"
+        if protocol["features"].get("accuracy")
+        else "not stated"
+    )
     note = (
         f"Frechet distance of {protocol['num']} samples to {protocol['num_reference']} test images in the features of a classifier (its "
         f"accuracy on them: {accuracy}). This is not FID. "
@@ -344,26 +507,42 @@ def font(size):
 def curves(draw, box, lines, label, numbers):
     """Log-log axes in box (left, top, right, bottom); lines: (colour, dashed, [(x, y), ...]); numbers: at the x axis, or None."""
     left, top, right, bottom = box
-    lines = [(colour, dashed, [(max(x, 1e-3), max(y, 1e-3)) for x, y in points]) for colour, dashed, points in lines]
+    lines = [
+        (colour, dashed, [(max(x, 1e-3), max(y, 1e-3)) for x, y in points])
+        for colour, dashed, points in lines
+    ]
     xs, ys = ([math.log(p[i]) for *_, points in lines for p in points] for i in (0, 1))
-    (x0, x1), (y0, y1) = ((min(v) - 0.04 * (max(v) - min(v) or 1), max(v) + 0.04 * (max(v) - min(v) or 1)) for v in (xs, ys))
+    (x0, x1), (y0, y1) = (
+        (min(v) - 0.04 * (max(v) - min(v) or 1), max(v) + 0.04 * (max(v) - min(v) or 1))
+        for v in (xs, ys)
+    )
 
     def place(x, y):
-        return left + (math.log(x) - x0) / (x1 - x0) * (right - left), bottom - (math.log(y) - y0) / (y1 - y0) * (bottom - top)
+        return left + (math.log(x) - x0) / (x1 - x0) * (right - left), bottom - (
+            math.log(y) - y0
+        ) / (y1 - y0) * (bottom - top)
 
     ticks = [m * 10.0**e for e in range(-3, 8) for m in (1, 1.5, 2, 3, 4, 5, 6, 8)]
 
     def inside(step):
         """Numbers for the y axis: those ticks, or multiples of step."""
         low, high = math.exp(y0), math.exp(y1)
-        candidates = [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)] if step else ticks
+        candidates = (
+            [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+            if step
+            else ticks
+        )
         return [t for t in candidates if low <= t <= high]
 
     for x in (t for t in (numbers or ticks) if x0 <= math.log(t) <= x1):
         u = place(x, math.exp(y0))[0]
         draw.line([(u, top), (u, bottom)], "#e4e4e4")
         draw.text((u, bottom + 5), f"{x:g}", "#333333", font(15), "mt")
-    for y in next(near for step in (0, 1, 0.5, 0.2, 0.1, 0.01) if len(near := inside(step)) > 2 or step == 0.01):
+    for y in next(
+        near
+        for step in (0, 1, 0.5, 0.2, 0.1, 0.01)
+        if len(near := inside(step)) > 2 or step == 0.01
+    ):
         v = place(math.exp(x0), y)[1]
         draw.line([(left, v), (right, v)], "#e4e4e4")
         draw.text((left - 6, v), f"{y:g}", "#333333", font(15), "rm")
@@ -375,14 +554,25 @@ def curves(draw, box, lines, label, numbers):
             pieces = max(1, round(math.hypot(bx - ax, by - ay) / 6)) if dashed else 1
             for k in range(0, pieces, 2):
                 f, g = k / pieces, min(1, (k + 1) / pieces)
-                draw.line([(ax + f * (bx - ax), ay + f * (by - ay)), (ax + g * (bx - ax), ay + g * (by - ay))], colour, 3)
+                draw.line(
+                    [
+                        (ax + f * (bx - ax), ay + f * (by - ay)),
+                        (ax + g * (bx - ax), ay + g * (by - ay)),
+                    ],
+                    colour,
+                    3,
+                )
         for x, y in placed:
             draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
 
 
 def figure(a, results, seed):
     """Distance against steps and against seconds, and below the same twelve seeds of every method; ablations are left out."""
-    rows = [(name, run) for name, run in shown(a, seed) if f"{name}-{seed}" in results["runs"] and not run.ablation]
+    rows = [
+        (name, run)
+        for name, run in shown(a, seed)
+        if f"{name}-{seed}" in results["runs"] and not run.ablation
+    ]
     if not rows:
         return None
     scale = max(1, 64 // a.image_size)
@@ -398,8 +588,19 @@ def figure(a, results, seed):
     middle = width // 2
     steps = sorted({p["step"] for run in results["runs"].values() for p in run["points"]})
     curves(draw, (60, 40, middle - 25, 330), lines["step"], "steps", steps)
-    curves(draw, (middle + 45, 40, width - 20, 330), lines["seconds"], "seconds of training, stage 1 included", None)
-    draw.text((60, 12), "Frechet distance in features of a small CIFAR-10 classifier (not FID). Dashed: EDM", "#000000", font(17))
+    curves(
+        draw,
+        (middle + 45, 40, width - 20, 330),
+        lines["seconds"],
+        "seconds of training, stage 1 included",
+        None,
+    )
+    draw.text(
+        (60, 12),
+        "Frechet distance in features of a small CIFAR-10 classifier (not FID). Dashed: EDM",
+        "#000000",
+        font(17),
+    )
     x, y = 60, 372
     for _, run in rows:
         length = font(15).getlength(run.title) + 50
@@ -413,7 +614,9 @@ def figure(a, results, seed):
         value = results["runs"][f"{name}-{seed}"]["points"][-1]["distance"]
         text = "\n".join([*textwrap.wrap(run.title, 26), f"{value:.2f}"])
         draw.multiline_text((10, y + cell / 2), text, "#000000", font(15), "lm", spacing=3)
-        with np.load(a.out / f"{name}-{seed}" / f"samples_{run.measured[-1]:07d}" / "samples.npz") as file:
+        with np.load(
+            a.out / f"{name}-{seed}" / f"samples_{run.measured[-1]:07d}" / "samples.npz"
+        ) as file:
             pictures = file["arr_0"][:PER_PICTURE]
         for k, pixels in enumerate(pictures):
             picture = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
@@ -439,11 +642,19 @@ FIXED = "image_size per_class model steps batch_size lr warmup num solver_steps 
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--train", type=Path, help="archive of training images")
     add("--test", type=Path, help="archive of test images")
-    add("--features", type=Path, help="TorchScript module for fid.py; without it the runs are trained and sampled, not yet measured")
+    add(
+        "--features",
+        type=Path,
+        help="TorchScript module for fid.py; without it the runs are trained and sampled, not yet measured",
+    )
     add("--out", type=Path, default=Path("results/compare"))
     add("--image-size", type=int, default=16)
     add("--per-class", type=int, default=1000, help="training images of each class; 0: all")
@@ -460,7 +671,12 @@ def parse_args(argv=None):
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--threads", type=int, help="OMP_NUM_THREADS of each")
     add("--report", action="store_true")
-    add("--train-flags", nargs=argparse.REMAINDER, default=[], help="for all training scripts, last: --train-flags --compile ...")
+    add(
+        "--train-flags",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="for all training scripts, last: --train-flags --compile ...",
+    )
     a = parser.parse_args(argv)
     if a.steps % 20:
         parser.error(f"--steps {a.steps}: must be a multiple of 20")

@@ -7,8 +7,12 @@ import sys
 import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: several share a few cores
-if "TEST_CUDA" not in os.environ:  # the tests are about the CPU; TEST_CUDA=1 pytest -k cuda runs those that need a GPU
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of the processes that tests start: several share a few cores
+if (
+    "TEST_CUDA" not in os.environ
+):  # the tests are about the CPU; TEST_CUDA=1 pytest -k cuda runs those that need a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
@@ -56,8 +60,14 @@ class Golden:
         self.meta = CORE[case]
         arrays = np.load(GOLDENS / self.meta["file"])
         self.config = self.meta.get("config", {})
-        self.inputs = {name: torch.from_numpy(arrays[spec["key"]]) for name, spec in self.meta["inputs"].items()}
-        self.outputs = {name: torch.from_numpy(arrays[spec["key"]]) for name, spec in self.meta["outputs"].items()}
+        self.inputs = {
+            name: torch.from_numpy(arrays[spec["key"]])
+            for name, spec in self.meta["inputs"].items()
+        }
+        self.outputs = {
+            name: torch.from_numpy(arrays[spec["key"]])
+            for name, spec in self.meta["outputs"].items()
+        }
         self.checked = set()
 
     def weights(self, salt_key="salt"):
@@ -73,13 +83,23 @@ class Golden:
         tol = {**self.meta["tolerance"], **self.meta["outputs"][name].get("tol", {}), **tolerance}
         expected = self.outputs[name]
         value = torch.as_tensor(value)
-        assert tuple(value.shape) == tuple(expected.shape), f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
-        torch.testing.assert_close(value.double(), expected.double(), rtol=tol["rtol"], atol=tol["atol"], msg=lambda m: f"{name}: {m}")
+        assert tuple(value.shape) == tuple(expected.shape), (
+            f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
+        )
+        torch.testing.assert_close(
+            value.double(),
+            expected.double(),
+            rtol=tol["rtol"],
+            atol=tol["atol"],
+            msg=lambda m: f"{name}: {m}",
+        )
         self.checked.add(name)
 
     def all_checked(self, *but):
         """Every output of the case was compared (but those named, for which the caller states why)."""
-        assert self.checked | set(but) == set(self.outputs), f"not compared: {set(self.outputs) - self.checked - set(but)}"
+        assert self.checked | set(but) == set(self.outputs), (
+            f"not compared: {set(self.outputs) - self.checked - set(but)}"
+        )
 
 
 class EvalGolden(Golden):
@@ -106,7 +126,11 @@ class EvalGolden(Golden):
         """State dict by the recipe, without what keeps its constructor's value (pos_embed)."""
         spec = STATE_DICTS[state_dict or self.meta["state_dict"]]
         spec = STATE_DICTS[spec["same_as"]] if "same_as" in spec else spec
-        return {n: recipe_tensor(salt or self.salt, n, shape, kind) for n, (shape, kind) in spec.items() if kind != "keep"}
+        return {
+            n: recipe_tensor(salt or self.salt, n, shape, kind)
+            for n, (shape, kind) in spec.items()
+            if kind != "keep"
+        }
 
 
 @pytest.fixture

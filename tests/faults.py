@@ -30,7 +30,16 @@ TINY = "--model DiT-Ti/8 --image-size 16 --batch-size 4 --lr 1e-3 --sample-every
 SCRIPTS = {
     "train_sra.py": [],
     "train_mdt.py": ["--mask-schedule", "linear"],
-    "train_discriminative.py": ["--prototypes", "64", "--head-width", "32", "--freeze-steps", "20", "--temperature-steps", "60"],
+    "train_discriminative.py": [
+        "--prototypes",
+        "64",
+        "--head-width",
+        "32",
+        "--freeze-steps",
+        "20",
+        "--temperature-steps",
+        "60",
+    ],
     "train_selftranscendence.py": ["--stage", "2", "--teacher", "TEACHER", "--stop-step", "100"],
     "train_diversedit.py": ["--pair-layers", "4"],
 }
@@ -41,7 +50,9 @@ def start(script, out, *flags, agent=(), **popen):
     launch = ["-m", "torch.distributed.run", *agent] if agent else []
     words = [sys.executable, *launch, ROOT / script, *TINY, *flags, "--out", out]
     file = tempfile.TemporaryFile("w+", errors="replace")
-    process = subprocess.Popen(list(map(str, words)), stdout=file, stderr=subprocess.STDOUT, **popen)
+    process = subprocess.Popen(
+        list(map(str, words)), stdout=file, stderr=subprocess.STDOUT, **popen
+    )
     process.file = file
     return process
 
@@ -56,7 +67,9 @@ def ended(process, timeout=300):
 def finish(process, code=0, timeout=300):
     """Its output, once it has ended with that exit code."""
     output = ended(process, timeout)
-    assert process.returncode == code, f"exit code {process.returncode} in place of {code}: {output[-3000:]}"
+    assert process.returncode == code, (
+        f"exit code {process.returncode} in place of {code}: {output[-3000:]}"
+    )
     return output
 
 
@@ -73,11 +86,17 @@ def wait_for(happened, process, timeout=120):
 def reached(out, step):
     """A function: has the log come to that step?"""
     log = Path(out, "log.jsonl")
-    return lambda: log.exists() and any(int(s) >= step for s in re.findall(r'"step": (\d+)', log.read_text()))
+    return lambda: (
+        log.exists() and any(int(s) >= step for s in re.findall(r'"step": (\d+)', log.read_text()))
+    )
 
 
 def children(pid):
-    found = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    found = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in task.read_text().split()
+    ]
     return found + [grandchild for child in found for grandchild in children(child)]
 
 
@@ -86,22 +105,34 @@ def differences(a, b, path=""):
     if type(a) is not type(b):
         return [path]
     if isinstance(a, dict):
-        return [path] * (a.keys() != b.keys()) + [d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{path}/{k}")]
+        return [path] * (a.keys() != b.keys()) + [
+            d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{path}/{k}")
+        ]
     if isinstance(a, (list, tuple)):
-        return [path] * (len(a) != len(b)) + [d for k, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{path}/{k}")]
+        return [path] * (len(a) != len(b)) + [
+            d for k, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{path}/{k}")
+        ]
     return [] if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else [path]
 
 
 def log_lines(out):
     """log.jsonl without the start records and without what depends on the clock."""
     lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines if "step" in line]
+    return [
+        {k: v for k, v in line.items() if k != "images_per_s"} for line in lines if "step" in line
+    ]
 
 
 def lost(out, expected, step):
     """What differs between the finished runs in two folders; every line of both logs must be JSON."""
-    states = [torch.load(Path(folder, "checkpoints", f"{step:07d}.pt"), weights_only=True) for folder in (out, expected)]
-    states = [{part: state[part] for part in ("model", "ema", "method", "optimizer", "step", "log")} for state in states]
+    states = [
+        torch.load(Path(folder, "checkpoints", f"{step:07d}.pt"), weights_only=True)
+        for folder in (out, expected)
+    ]
+    states = [
+        {part: state[part] for part in ("model", "ema", "method", "optimizer", "step", "log")}
+        for state in states
+    ]
     return differences(*states) + ["log.jsonl"] * (log_lines(out) != log_lines(expected))
 
 
@@ -126,7 +157,11 @@ def kills(script, folder, times, rng, steps=300):
         if len(hits) % 2:  # after as many more checkpoints as leave enough for the other kills
             more = rng.randint(1, max(1, (steps // 20 - 1 - done) // (times - len(hits)) - 1))
             hit = wait_for(
-                lambda: len(list(out.glob("checkpoints/0*.pt"))) >= done + more - 1 and any(out.glob("checkpoints/.*.tmp")), process
+                lambda: (
+                    len(list(out.glob("checkpoints/0*.pt"))) >= done + more - 1
+                    and any(out.glob("checkpoints/.*.tmp"))
+                ),
+                process,
             )
             where = "in a checkpoint"
         else:
@@ -155,7 +190,13 @@ def restarts(folder, rng, times=2, steps=150):
     process, hits = start("train_sra.py", out, *flags, agent=agent), []
     for k in range(times):
         assert wait_for(reached(out, 35 + 50 * k), process), ended(process)
-        victim = rng.choice([pid for pid in children(process.pid) if "train_sra.py" in Path(f"/proc/{pid}/cmdline").read_text()])
+        victim = rng.choice(
+            [
+                pid
+                for pid in children(process.pid)
+                if "train_sra.py" in Path(f"/proc/{pid}/cmdline").read_text()
+            ]
+        )
         os.kill(victim, signal.SIGKILL)
         hits.append(f"after step {35 + 50 * k} or later")
         wait_for(lambda: not Path(f"/proc/{victim}").exists(), process)
@@ -176,7 +217,13 @@ def nodes(folder, rng, steps=150):
     finish(start("train_sra.py", expected, *flags, agent=["--standalone", "--nproc_per_node=2"]))
 
     def pair():
-        agent = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=faults"]
+        agent = [
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+            "--rdzv_id=faults",
+        ]
         return [start("train_sra.py", out, *flags, agent=agent) for _ in range(2)]
 
     both = pair()
@@ -197,8 +244,16 @@ def node_restarts(folder, rng, steps=150):
     flags = ["--steps", str(steps), "--save-every", "10"]
     expected, out = Path(folder, "node_restarts_whole"), Path(folder, "node_restarts_killed")
     finish(start("train_sra.py", expected, *flags, agent=["--standalone", "--nproc_per_node=2"]))
-    agent = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--max-restarts=3"]
-    both = [start("train_sra.py", out, *flags, agent=[*agent, "--rdzv_id=faults"]) for _ in range(2)]
+    agent = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        "--max-restarts=3",
+    ]
+    both = [
+        start("train_sra.py", out, *flags, agent=[*agent, "--rdzv_id=faults"]) for _ in range(2)
+    ]
     assert wait_for(reached(out, 35), both[0])
     os.kill(rng.choice(children(rng.choice(both).pid)), signal.SIGKILL)
     for process in both:
@@ -218,7 +273,9 @@ def full_disk(folder, steps=40):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
     output = finish(start("train_sra.py", out, *flags, preexec_fn=limit), code=1)
-    assert re.search(r"train_sra.py: error: \S+0000030.pt cannot be written \(.*File too large\)\n$", output), output
+    assert re.search(
+        r"train_sra.py: error: \S+0000030.pt cannot be written \(.*File too large\)\n$", output
+    ), output
     assert "Traceback" not in output
     assert {p.name: p.read_bytes() for p in out.glob("checkpoints/*")} == before
     finish(start("train_sra.py", out, *flags))
@@ -235,10 +292,15 @@ def signals(folder, steps=100_000):
         process.send_signal(number)
         output = finish(process)
         saved = max(out.glob("checkpoints/0*.pt"))
-        assert f"step {int(saved.stem)} of {steps}, in {out}: the same command goes on from here" in output, output
+        assert (
+            f"step {int(saved.stem)} of {steps}, in {out}: the same command goes on from here"
+            in output
+        ), output
         hits.append(f"{number.name}: saved")
     slow = Path(folder, "slow")  # a step that takes long: many micro-batches
-    process = start("train_sra.py", slow, "--steps", "2", "--batch-size", "20000", "--micro-batch", "1")
+    process = start(
+        "train_sra.py", slow, "--steps", "2", "--batch-size", "20000", "--micro-batch", "1"
+    )
     assert wait_for(lambda: (slow / "log.jsonl").exists(), process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -258,12 +320,17 @@ def same_folder(folder):
     assert wait_for(reached(out, 7), first)
     before = sorted(p.name for p in out.rglob("*"))
     output = finish(start("train_sra.py", out, *flags), code=2)
-    assert output.count("\n") == 1 and f"{out} is in use by another run (process {first.pid} on" in output, output
+    assert (
+        output.count("\n") == 1
+        and f"{out} is in use by another run (process {first.pid} on" in output
+    ), output
     assert sorted(p.name for p in out.rglob("*")) == before
     first.kill()  # its loaders live on for a while
     third = start("train_sra.py", out, *flags)
     log = out / "log.jsonl"
-    assert wait_for(lambda: log.read_text().count('"start"') == 2 and reached(out, 7)(), third), ended(third)
+    assert wait_for(lambda: log.read_text().count('"start"') == 2 and reached(out, 7)(), third), (
+        ended(third)
+    )
     third.send_signal(signal.SIGTERM)
     finish(third)
     first.wait()
@@ -274,8 +341,18 @@ def not_finite(folder):
     """A loss that is not a number on one process of two stops both, with step, rank and terms, and is not saved."""
     out = Path(folder, "not_finite")
     flags = ["not-finite", "train_sra.py", *TINY, "--steps", "8", "--save-every", "2", "--out", out]
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "as_ranks.py", *flags]
-    output = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300).stderr
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "tests" / "as_ranks.py",
+        *flags,
+    ]
+    output = subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, timeout=300
+    ).stderr
     assert "stopped, not finite: step 3, rank 1: loss nan, denoise" in output, output
     assert [p.name for p in out.glob("checkpoints/0*.pt")] == ["0000002.pt"]
     return ["step, rank and terms named"], []
@@ -285,38 +362,73 @@ def long_run(folder, steps=5000):
     """Memory and open files of a run with loaders: between a fifth of the way and the end neither grows."""
     out, seen = Path(folder, "long"), []
     process = start(
-        "train_sra.py", out, "--steps", str(steps), "--save-every", "500", "--keep", "3", "--workers", "1", "--sample-every", "1000"
+        "train_sra.py",
+        out,
+        "--steps",
+        str(steps),
+        "--save-every",
+        "500",
+        "--keep",
+        "3",
+        "--workers",
+        "1",
+        "--sample-every",
+        "1000",
     )
 
     def sample():
         status = Path(f"/proc/{process.pid}/status").read_text()
-        seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, len(os.listdir(f"/proc/{process.pid}/fd"))))
+        seen.append(
+            (
+                int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024,
+                len(os.listdir(f"/proc/{process.pid}/fd")),
+            )
+        )
 
     for step in range(steps // 5, steps, steps // 10):
         if wait_for(reached(out, step), process):
             sample()
     finish(process)
     memory, files = zip(*seen)
-    assert max(memory[1:]) - memory[0] < 20 and max(files) <= files[0] + 4, seen  # batches on their way from the loader are files
-    assert [p.name for p in sorted(out.glob("checkpoints/0*.pt"))] == [f"{steps - 500 * k:07d}.pt" for k in (2, 1, 0)]
+    assert max(memory[1:]) - memory[0] < 20 and max(files) <= files[0] + 4, (
+        seen
+    )  # batches on their way from the loader are files
+    assert [p.name for p in sorted(out.glob("checkpoints/0*.pt"))] == [
+        f"{steps - 500 * k:07d}.pt" for k in (2, 1, 0)
+    ]
     for line in Path(out, "log.jsonl").read_text().splitlines():
         json.loads(line)
     return [f"{memory[0]:.0f} to {memory[-1]:.0f} MB, {files[0]} to {files[-1]} files"], []
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="in all, spread over the five scripts")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kills", type=int, default=20, help="in all, spread over the five scripts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="NAME", help="the first word of a line of the table")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        share = {script: len(range(k, args.kills, len(SCRIPTS))) for k, script in enumerate(SCRIPTS)}
-        tried = [(f"kills {script}", lambda script=script: kills(script, folder, share[script], rng)) for script in SCRIPTS]
-        tried += [("restarts", lambda: restarts(folder, rng)), ("nodes", lambda: nodes(folder, rng))]
+        share = {
+            script: len(range(k, args.kills, len(SCRIPTS))) for k, script in enumerate(SCRIPTS)
+        }
+        tried = [
+            (f"kills {script}", lambda script=script: kills(script, folder, share[script], rng))
+            for script in SCRIPTS
+        ]
+        tried += [
+            ("restarts", lambda: restarts(folder, rng)),
+            ("nodes", lambda: nodes(folder, rng)),
+        ]
         tried += [("node_restarts", lambda: node_restarts(folder, rng))]
-        tried += [(f.__name__, lambda f=f: f(folder)) for f in (full_disk, signals, same_folder, not_finite, long_run)]
+        tried += [
+            (f.__name__, lambda f=f: f(folder))
+            for f in (full_disk, signals, same_folder, not_finite, long_run)
+        ]
         losses = 0
         for name, attempt in tried:
             if args.only and name.split()[0] != args.only:

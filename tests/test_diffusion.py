@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 
-from diffusion import DDPM, DIFFUSIONS, EDM, Flow, Guided, ImageNoise, make_diffusion, sample_ode, sample_sde, seed_of
+from diffusion import (
+    DDPM,
+    DIFFUSIONS,
+    EDM,
+    Flow,
+    Guided,
+    ImageNoise,
+    make_diffusion,
+    sample_ode,
+    sample_sde,
+    seed_of,
+)
 
 
 def mean_per_image(loss):
@@ -58,11 +69,19 @@ def test_repa_samplers(golden):
             log = []
             net = repa_net(log)
             if suffix:
-                net = Guided(net, g.config["cfg_scale"], 1000, (g.config["guidance_low"], g.config["guidance_high"]))
+                net = Guided(
+                    net,
+                    g.config["cfg_scale"],
+                    1000,
+                    (g.config["guidance_low"], g.config["guidance_high"]),
+                )
             if name == "sde":
                 times = []
                 plain = flow.velocity
-                flow.velocity = lambda out, x, t, plain=plain, times=times: (times.append(t[0].item()), plain(out, x, t))[1]
+                flow.velocity = lambda out, x, t, plain=plain, times=times: (
+                    times.append(t[0].item()),
+                    plain(out, x, t),
+                )[1]
                 x = sample_sde(net, flow, z, y, steps, replay(g.inputs["noises"]))
                 del flow.velocity
                 g.check("grid_sde", torch.tensor([*times, 0.0], dtype=torch.float64))
@@ -102,9 +121,15 @@ def test_edm_sampler(golden):
     for name in ("churn_a", "churn_b"):
         churn = {k: float(v) for k, v in g.config[name].items()}
         calls.clear()
-        g.check(f"x_edm_{name}", sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), torch.float64, churn))
+        g.check(
+            f"x_edm_{name}",
+            sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), torch.float64, churn),
+        )
         g.check(f"calls_{name}", torch.tensor(calls, dtype=torch.float64))
-        g.check(f"x_maskdit_{name}", sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), churn=churn))
+        g.check(
+            f"x_maskdit_{name}",
+            sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), churn=churn),
+        )
     g.all_checked()
 
 
@@ -171,14 +196,18 @@ class Mixture:
     """Two Gaussians in two dimensions (pixels of a (1, 1, 2) image): the exact E[x_0 | x_t] for x_t = a x_0 + s eps."""
 
     means = torch.tensor([[0.6, -0.3], [-0.4, 0.5]], dtype=torch.float64)
-    factors = torch.tensor([[[0.30, 0.0], [0.12, 0.20]], [[0.15, 0.0], [-0.10, 0.25]]], dtype=torch.float64)
+    factors = torch.tensor(
+        [[[0.30, 0.0], [0.12, 0.20]], [[0.15, 0.0], [-0.10, 0.25]]], dtype=torch.float64
+    )
     weights = torch.tensor([0.35, 0.65], dtype=torch.float64)
 
     def moments(self):
         covs = self.factors @ self.factors.mT
         mean = self.weights @ self.means
         centred = self.means - mean
-        return mean, torch.einsum("k,kij->ij", self.weights, covs + centred[:, :, None] * centred[:, None, :])
+        return mean, torch.einsum(
+            "k,kij->ij", self.weights, covs + centred[:, :, None] * centred[:, None, :]
+        )
 
     def denoise(self, x, a, s):
         """x (N, 2), scalars a and s of the whole batch -> (N, 2)."""
@@ -207,7 +236,9 @@ def exact_net(diffusion, mixture):
             abar = diffusion.abar(t)
             D = mixture.denoise(x_in.flatten(1), abar.sqrt(), (1 - abar).sqrt()).view_as(x_in)
             eps = (x_in - abar.sqrt() * D) / (1 - abar).sqrt()
-            return torch.cat([eps, torch.ones_like(eps)], 1)  # variance: beta, right for many small steps
+            return torch.cat(
+                [eps, torch.ones_like(eps)], 1
+            )  # variance: beta, right for many small steps
         a, s, da, ds = diffusion.coefficients(t.double())
         D = mixture.denoise(x_in.flatten(1), a, s).view_as(x_in)
         return da * D + ds * (x_in - a * D) / s
@@ -232,7 +263,11 @@ SOLVERS = [
 ]
 
 
-@pytest.mark.parametrize("diffusion,solver,steps", SOLVERS, ids=[f"{type(p).__name__}-{getattr(p, 'path', '')}-{s}" for p, s, _ in SOLVERS])
+@pytest.mark.parametrize(
+    "diffusion,solver,steps",
+    SOLVERS,
+    ids=[f"{type(p).__name__}-{getattr(p, 'path', '')}-{s}" for p, s, _ in SOLVERS],
+)
 def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
     """The exact denoiser of a mixture must be sampled back to its mean and covariance.
 
@@ -247,7 +282,16 @@ def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
     net = exact_net(diffusion, mixture)
     if solver == "sde":
         draw = lambda: torch.randn(n, 1, 1, 2, generator=generator)  # noqa: E731
-        x = sample_sde(net, diffusion, noise, y, steps, draw, torch.float64, {"S_churn": 20.0} if isinstance(diffusion, EDM) else None)
+        x = sample_sde(
+            net,
+            diffusion,
+            noise,
+            y,
+            steps,
+            draw,
+            torch.float64,
+            {"S_churn": 20.0} if isinstance(diffusion, EDM) else None,
+        )
     else:
         x = sample_ode(net, diffusion, noise, y, steps, solver, torch.float64)
     x = x.flatten(1)
@@ -263,15 +307,24 @@ def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
 def test_target_denoise_and_loss_agree(name):
     """A perfect output has zero (squared-error) loss and denoises to x_0 exactly."""
     diffusion = make_diffusion(name)
-    x0, noise = torch.randn(2, 64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x0, noise = torch.randn(
+        2, 64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     torch.manual_seed(0)
     t = diffusion.draw_t(64, "cpu")
     x_t = diffusion.add_noise(x0, noise, t)
     out = diffusion.target(x0, noise, t)
-    torch.testing.assert_close(diffusion.denoise(out, x_t, t), x0, rtol=1e-5, atol=2e-4 if name == "edm" else 1e-6)
+    torch.testing.assert_close(
+        diffusion.denoise(out, x_t, t), x0, rtol=1e-5, atol=2e-4 if name == "edm" else 1e-6
+    )
     if name == "ddpm":
         out = torch.cat([out, torch.zeros_like(out)], 1)
-        torch.testing.assert_close(diffusion.loss(out, x0, noise, t), diffusion.variational_bound(out, x0, noise, t), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            diffusion.loss(out, x0, noise, t),
+            diffusion.variational_bound(out, x0, noise, t),
+            rtol=0,
+            atol=1e-12,
+        )
     else:
         assert diffusion.loss(out, x0, noise, t).max() < 1e-12
 
@@ -280,11 +333,15 @@ def test_edm_weight_times_c_out_squared_is_one():
     """EDM's weighted denoising loss, written out, equals the plain loss of the raw output: for sigma from 1e-3 to 1e2."""
     edm = EDM()
     sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
-    x0, noise, out = torch.randn(3, 50, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x0, noise, out = torch.randn(
+        3, 50, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     x_t = edm.add_noise(x0, noise, sigma)
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     literal = weight.reshape(-1, 1, 1, 1) * (edm.denoise(out, x_t, sigma) - x0) ** 2
-    torch.testing.assert_close(edm.loss(out, x0, noise, sigma).double(), literal, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(
+        edm.loss(out, x0, noise, sigma).double(), literal, rtol=2e-5, atol=1e-5
+    )
 
 
 def test_training_times():
@@ -307,7 +364,10 @@ def test_guidance_costs_one_forward_at_scale_one_and_outside_the_interval():
         sizes.append(len(x))
         return x * y.reshape(-1, 1, 1, 1)
 
-    noise, y = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    noise, y = (
+        torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([1, 2, 3]),
+    )
     plain = sample_ode(net, Flow(), noise, y, 10, "euler")
     assert sizes == [3] * 10
     sizes.clear()

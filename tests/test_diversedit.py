@@ -11,7 +11,14 @@ import models
 import train_sra
 from diffusion import make_diffusion
 from models import Block, DiT, build_model, load_official, modulate, position_embedding
-from train_diversedit import DiverseDiT, adaptive_weight, alignment_blocks, block_pairs, diversity_terms, parse_args
+from train_diversedit import (
+    DiverseDiT,
+    adaptive_weight,
+    alignment_blocks,
+    block_pairs,
+    diversity_terms,
+    parse_args,
+)
 
 # The diversity loss
 
@@ -58,7 +65,9 @@ def test_diversity_loss_of_the_released_code(eval_golden):
         name = f"{row['features']}_{k % 3}"
         for kind, value in (("total", total), ("weighted", weight * total)):
             gradients = torch.autograd.grad(value, features, retain_graph=True)
-            g.check(f"grad_norms_{kind}_{name}", torch.stack([v.norm() for v in gradients]), rtol=1e-3)
+            g.check(
+                f"grad_norms_{kind}_{name}", torch.stack([v.norm() for v in gradients]), rtol=1e-3
+            )
             for block in (1, 4, 7):
                 slices = f"grad_total_{name}_feat{block}_slice"
                 if kind == "total" and slices in g.outputs:
@@ -77,22 +86,42 @@ def test_diversity_loss_of_the_released_code(eval_golden):
 def test_anchor_pairs_of_the_released_code(name):
     """Where the released rule is sound, its list; where it wraps round or finds nothing, the anchor is refused."""
     depth, d, projection = (part.split("=")[1] for part in name.split(","))
-    depth, anchor, expected = int(depth), 10 - int(d) if projection == "True" else 1, LOSS["pairs_zero_based"][name]
+    depth, anchor, expected = (
+        int(depth),
+        10 - int(d) if projection == "True" else 1,
+        LOSS["pairs_zero_based"][name],
+    )
     if anchor < 0:
         anchor = 0  # parse_args has no negative numbers
-    broken = {"L=12,d=10,projection=True", "L=12,d=11,projection=True", "L=4,d=2,projection=True", "L=2,d=8,projection=True"}
+    broken = {
+        "L=12,d=10,projection=True",
+        "L=12,d=11,projection=True",
+        "L=4,d=2,projection=True",
+        "L=2,d=8,projection=True",
+    }
     if name in broken:
         assert not expected or isinstance(expected, str) or any(i > j for i, j in expected)
         with pytest.raises(ValueError, match="--anchor-block"):
-            small("--pairs", "anchor", "--anchor-block", str(anchor), depth=depth, long_residual="none")
+            small(
+                "--pairs",
+                "anchor",
+                "--anchor-block",
+                str(anchor),
+                depth=depth,
+                long_residual="none",
+            )
         return
-    if name == "L=4,d=8,projection=True":  # wraps round after two pairs; ours goes on to the last one
+    if (
+        name == "L=4,d=8,projection=True"
+    ):  # wraps round after two pairs; ours goes on to the last one
         expected = [*expected[:2], [2, 3]]
     assert [[i - 1, j - 1] for i, j in block_pairs(depth, "anchor", anchor)] == expected
 
 
 def test_pairs_of_ten_layers():
-    assert len(block_pairs(10, "random", 1)) == 45 and len(block_pairs(28, "all", 5)) == 28 * 27 // 2
+    assert (
+        len(block_pairs(10, "random", 1)) == 45 and len(block_pairs(28, "all", 5)) == 28 * 27 // 2
+    )
     assert block_pairs(3, "all", 1) == [(1, 2), (1, 3), (2, 3)]
 
 
@@ -141,7 +170,10 @@ def test_value_of_the_loss_is_bounded():
     assert diversity_terms(peaky, pair_mask(2, [(1, 2)]))[2] < -0.9
 
 
-@pytest.mark.parametrize("value, weight, factor", [(0.05, 0, 0), (0.1, 0, 0), (0.3, 0.4, 1.0), (0.4999, 0.7998, 1.7996), (0.6, 1, 1)])
+@pytest.mark.parametrize(
+    "value, weight, factor",
+    [(0.05, 0, 0), (0.1, 0, 0), (0.3, 0.4, 1.0), (0.4999, 0.7998, 1.7996), (0.6, 1, 1)],
+)
 def test_adaptive_weight(value, weight, factor):
     """(L - 0.1) / 0.5 in the middle; the live weight's gradient is 4 L - 0.2 there, exactly zero below; detached 2 L - 0.2."""
     L = torch.tensor(value, requires_grad=True)
@@ -158,7 +190,15 @@ def test_adaptive_weight(value, weight, factor):
 
 def residual_model(g, wiring):
     c = g.config
-    names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+    names = (
+        "input_size",
+        "patch_size",
+        "in_channels",
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "num_classes",
+    )
     model = DiT(**{k: c[k] for k in names}, long_residual=wiring)
     missing, unexpected = model.load_state_dict(g.weights(), strict=False)
     assert missing == ["pos_embed"] and not unexpected
@@ -168,7 +208,9 @@ def residual_model(g, wiring):
 def check_forward(g, model, prefix=""):
     with torch.no_grad():
         out, features = model(g.inputs["x"], g.inputs["t"], g.inputs["y"], features=(1, 2, 3, 4))
-        early = [model.tokens_after(g.inputs["x"], g.inputs["t"], g.inputs["y"], k) for k in (1, 2, 3, 4)]
+        early = [
+            model.tokens_after(g.inputs["x"], g.inputs["t"], g.inputs["y"], k) for k in (1, 2, 3, 4)
+        ]
     g.check(f"{prefix}output", out)
     for k, f in features.items():
         assert torch.equal(f, early[k - 1])
@@ -202,11 +244,21 @@ def test_released_checkpoints_load_as_post(eval_golden, tmp_path):
     state = {**g.weights(), "pos_embed": position_embedding(48, 4)}
     torch.save({"ema": state, "model": state}, tmp_path / "official.pt")
     model, notes = load_official(tmp_path / "official.pt", "repa", 3)
-    assert model.config["long_residual"] == "post" and any("after the block" in note for note in notes)
+    assert model.config["long_residual"] == "post" and any(
+        "after the block" in note for note in notes
+    )
     check_forward(g, model)
 
 
-NETWORK = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 12, "num_heads": 2, "num_classes": 10}
+NETWORK = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "depth": 12,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 @pytest.mark.parametrize("wiring", ["pre", "post"])
@@ -216,7 +268,9 @@ def test_which_blocks_meet(wiring, monkeypatch):
     pre: f_0 -> block 12, f_1 -> 11, ... f_5 -> 7, before the block; post: f_1 -> 12, ... f_6 -> 7, after it."""
     model, ran, fused = DiT(**NETWORK, long_residual=wiring), [], []
     for k, block in enumerate(model.blocks, 1):
-        block.register_forward_hook(lambda module, inputs, output, k=k: (ran.append(k), output + k)[1])
+        block.register_forward_hook(
+            lambda module, inputs, output, k=k: (ran.append(k), output + k)[1]
+        )
 
     def layer_norm(x, shape, *_, eps=None):  # the identity
         if shape == (64,):
@@ -227,10 +281,16 @@ def test_which_blocks_meet(wiring, monkeypatch):
     embedded = model.embed(torch.randn(1, 3, 8, 8))
     for _ in model.streams(embedded, model.condition(torch.tensor([0.5]), torch.tensor([3]))):
         pass
-    place = [done + (wiring == "pre") for done, _ in fused]  # the block before, or after, which it happens
-    taken = [round((early - embedded).mean().item()) for _, early in fused]  # f_i - f_0 = 1 + ... + i
+    place = [
+        done + (wiring == "pre") for done, _ in fused
+    ]  # the block before, or after, which it happens
+    taken = [
+        round((early - embedded).mean().item()) for _, early in fused
+    ]  # f_i - f_0 = 1 + ... + i
     assert place == [7, 8, 9, 10, 11, 12]
-    assert taken == [i * (i + 1) // 2 for i in ([5, 4, 3, 2, 1, 0] if wiring == "pre" else [6, 5, 4, 3, 2, 1])]
+    assert taken == [
+        i * (i + 1) // 2 for i in ([5, 4, 3, 2, 1, 0] if wiring == "pre" else [6, 5, 4, 3, 2, 1])
+    ]
 
 
 @pytest.mark.parametrize("wiring", ["pre", "post"])
@@ -248,12 +308,20 @@ def test_size_start_and_config(wiring):
     assert again.long_residual == wiring and set(again.state_dict()) == set(model.state_dict())
     bound = math.sqrt(6 / (3 * D))  # Xavier of (2 D -> D), no identity
     weight = model.skip_linears[0]["linear"].weight
-    assert bound * 0.98 < weight.abs().max() <= bound and (model.skip_linears[0]["linear"].bias == 0).all()
+    assert (
+        bound * 0.98 < weight.abs().max() <= bound
+        and (model.skip_linears[0]["linear"].bias == 0).all()
+    )
 
 
 def test_published_parameter_counts():
     """Spec section 2: S 1.781 M, B 7.101 M, L 25.227 M, XL 37.240 M, from (L / 2)(2 D^2 + 5 D)."""
-    for depth, D, millions in ((12, 384, 1.781), (12, 768, 7.101), (24, 1024, 25.227), (28, 1152, 37.240)):
+    for depth, D, millions in (
+        (12, 384, 1.781),
+        (12, 768, 7.101),
+        (24, 1024, 25.227),
+        (28, 1152, 37.240),
+    ):
         with torch.device("meta"):
             model = DiT(**{**NETWORK, "depth": depth, "hidden_size": D}, long_residual="pre")
         extra = sum(p.numel() for n, p in model.named_parameters() if n.startswith("skip_"))
@@ -280,7 +348,9 @@ def test_long_residual_norm_is_fp32_under_autocast():
     assert all(norm.eps == 1e-6 for norm in model.skip_norms)
     model, early, late = model.bfloat16(), *torch.randn(2, 1, 4, 32).bfloat16()
     both = torch.cat([late, early], -1).float()
-    normed = (both - both.mean(-1, keepdim=True)) / (both.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    normed = (both - both.mean(-1, keepdim=True)) / (
+        both.var(-1, unbiased=False, keepdim=True) + 1e-6
+    ).sqrt()
     fused = model.long_residual_at(7, late, [early])
     assert torch.equal(fused, model.skip_linears[0]["linear"](normed.bfloat16()))
 
@@ -292,7 +362,9 @@ def small(*flags, random_weights=False, depth=12, long_residual=None):
     args = parse_args([*flags, *(["--long-residual", long_residual] if long_residual else [])])
     diffusion = make_diffusion(args.diffusion)
     torch.manual_seed(0)
-    method = DiverseDiT(args, {**NETWORK, "depth": depth, "learn_sigma": diffusion.learned_variance}, diffusion)
+    method = DiverseDiT(
+        args, {**NETWORK, "depth": depth, "learn_sigma": diffusion.learned_variance}, diffusion
+    )
     if random_weights:
         for network, salt in ((method.model, "student"), (method.ema, "teacher")):
             for name, parameter in network.named_parameters():
@@ -305,7 +377,11 @@ def draws(n=4):
     x0, noise = torch.randn(2, n, 3, 8, 8, generator=generator)
     u = torch.rand(n, generator=generator)
     drop = torch.tensor([0.5, 0.01, 0.5, 0.5])
-    return x0, torch.tensor([0, 3, 9, 1]), {"t": torch.tensor([0.1, 0.4, 0.7, 0.9]), "noise": noise, "drop": drop, "u": u}
+    return (
+        x0,
+        torch.tensor([0, 3, 9, 1]),
+        {"t": torch.tensor([0.1, 0.4, 0.7, 0.9]), "noise": noise, "drop": drop, "u": u},
+    )
 
 
 def test_at_the_start_identical_blocks_are_alike():
@@ -327,17 +403,27 @@ def test_total_is_denoising_and_weighted_diversity(wiring):
     assert torch.isclose(terms["diversity"], mean)
     assert torch.isclose(terms["weight"], adaptive_weight(mean, 0.1, 0.5))
     assert torch.isclose(terms["loss"], terms["denoise"] + terms["weight"] * mean)
-    constant = small("--long-residual", wiring, "--diversity-weight", "0.25", random_weights=True)(x0, y, **fixed)
-    assert torch.isclose(constant["loss"], constant["denoise"] + 0.25 * mean) and constant["weight"] == 0.25
+    constant = small("--long-residual", wiring, "--diversity-weight", "0.25", random_weights=True)(
+        x0, y, **fixed
+    )
+    assert (
+        torch.isclose(constant["loss"], constant["denoise"] + 0.25 * mean)
+        and constant["weight"] == 0.25
+    )
 
 
 def test_detached_weight_changes_gradients_only():
     x0, y, fixed = draws()
-    live, detached = (small("--long-residual", "none", "--weight-range", "0", "2", *f) for f in ((), ("--detach-weight",)))
+    live, detached = (
+        small("--long-residual", "none", "--weight-range", "0", "2", *f)
+        for f in ((), ("--detach-weight",))
+    )
     results = []
     for method in (live, detached):
         terms = method(x0, y, **fixed)
-        gradient = torch.autograd.grad(terms["loss"] - terms["denoise"], method.model.x_embedder.proj.bias)
+        gradient = torch.autograd.grad(
+            terms["loss"] - terms["denoise"], method.model.x_embedder.proj.bias
+        )
         results.append((terms, gradient[0]))
     assert torch.equal(results[0][0]["loss"], results[1][0]["loss"])
     # w = L / 2: live 2 L / 2 = L, detached L / 2
@@ -371,20 +457,37 @@ def test_only_the_chosen_layers_are_kept():
     method = small("--pair-layers", "3", random_weights=True)
     asked = []
     forward = method.model.forward
-    method.model.forward = lambda *inputs, features=(): (asked.append(features), forward(*inputs, features=features))[1]
+    method.model.forward = lambda *inputs, features=(): (
+        asked.append(features),
+        forward(*inputs, features=features),
+    )[1]
     x0, y, fixed = draws()
     terms = method(x0, y, layers=(2, 5, 11), **fixed)
     assert asked == [(2, 5, 11)]
-    i = method.diffusion.net_inputs(method.diffusion.add_noise(x0, fixed["noise"], fixed["t"]), fixed["t"])
+    i = method.diffusion.net_inputs(
+        method.diffusion.add_noise(x0, fixed["noise"], fixed["t"]), fixed["t"]
+    )
     _, features = forward(*i, torch.tensor([0, 10, 9, 1]), features=(2, 5, 11))
-    expected = literal_terms(torch.stack([features[k] for k in (2, 5, 11)]).detach(), block_pairs(3, "all", 1))
-    np.testing.assert_allclose([terms[k].item() for k in ("orth", "mi", "disp")], expected, rtol=1e-4)
+    expected = literal_terms(
+        torch.stack([features[k] for k in (2, 5, 11)]).detach(), block_pairs(3, "all", 1)
+    )
+    np.testing.assert_allclose(
+        [terms[k].item() for k in ("orth", "mi", "disp")], expected, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["flow", "gvp", "edm", "ddpm"])
 def test_own_terms_off_is_the_plain_model(kind):
     """The same loss as the network trained directly; no feature is kept and no teacher runs."""
-    method = small("--diffusion", kind, "--long-residual", "none", "--diversity-weight", "0", random_weights=True)
+    method = small(
+        "--diffusion",
+        kind,
+        "--long-residual",
+        "none",
+        "--diversity-weight",
+        "0",
+        random_weights=True,
+    )
     assert not hasattr(method, "head") and not hasattr(method, "pairs")
     method.ema.tokens_after = None
     x0, y, fixed = draws()
@@ -404,7 +507,9 @@ def test_own_terms_off_is_the_plain_model(kind):
 
 def test_sra_head_starts_as_in_its_script():
     ours, theirs = small("--align-weight", "0.2").head, train_sra.projection_head(32)
-    assert [m.weight.shape for m in (ours[0], ours[2])] == [m.weight.shape for m in (theirs[0], theirs[2])]
+    assert [m.weight.shape for m in (ours[0], ours[2])] == [
+        m.weight.shape for m in (theirs[0], theirs[2])
+    ]
     for layer in (ours[0], ours[2]):
         bound = math.sqrt(6 / sum(layer.weight.shape))
         assert (layer.bias == 0).all() and 0.95 * bound < layer.weight.abs().max() <= bound
@@ -416,18 +521,31 @@ def test_alignment_on_top_is_sra(kind, weight, gap):
     """`--align-weight` adds what train_sra.py computes on the same network, head, draws and EMA."""
     flags = ["--diffusion", kind, "--align-weight", weight, "--time-gap", gap]
     method = small(*flags, "--long-residual", "none", random_weights=True)
-    sra = train_sra.SRA(train_sra.parse_args(flags), {**NETWORK, "learn_sigma": method.diffusion.learned_variance}, method.diffusion)
+    sra = train_sra.SRA(
+        train_sra.parse_args(flags),
+        {**NETWORK, "learn_sigma": method.diffusion.learned_variance},
+        method.diffusion,
+    )
     sra.load_state_dict(method.state_dict())
     x0, y, fixed = draws()
-    times = ([0.02, 0.3, 0.7, 0.99], [0.02, 0.1, 0.2, 0.3]) if kind == "flow" else ([0, 5, 700, 999], [1, 30, 60, 150])
+    times = (
+        ([0.02, 0.3, 0.7, 0.99], [0.02, 0.1, 0.2, 0.3])
+        if kind == "flow"
+        else ([0, 5, 700, 999], [1, 30, 60, 150])
+    )
     for t in times:  # near the data the teacher's time is clamped
         fixed |= {"t": torch.tensor(t), "u": torch.tensor([0.99, 0.2, 0.7, 0.999])}
         ours, theirs = method(x0, y, **fixed), sra(x0, y, **fixed)
-        assert torch.equal(ours["align"], theirs["align"]) and torch.equal(ours["denoise"], theirs["denoise"])
+        assert torch.equal(ours["align"], theirs["align"]) and torch.equal(
+            ours["denoise"], theirs["denoise"]
+        )
         assert torch.isclose(ours["loss"], theirs["loss"] + ours["weight"] * ours["diversity"])
     assert (method.student_block, method.teacher_block) == (sra.student_block, sra.teacher_block)
     for depth in (2, 6, 12, 24, 28, 32):
-        assert all(alignment_blocks(depth, ddpm) == train_sra.alignment_blocks(depth, ddpm) for ddpm in (False, True))
+        assert all(
+            alignment_blocks(depth, ddpm) == train_sra.alignment_blocks(depth, ddpm)
+            for ddpm in (False, True)
+        )
 
 
 MODES = {
@@ -475,11 +593,15 @@ def test_no_gradient_below_the_range():
 
 def test_the_loss_leaves_no_trace_in_what_is_sampled():
     """The network's config and weights at the start are the same with the loss, without it, and with SRA."""
-    methods = [small(*flags) for flags in ([], ["--diversity-weight", "0"], ["--align-weight", "0.2"])]
+    methods = [
+        small(*flags) for flags in ([], ["--diversity-weight", "0"], ["--align-weight", "0.2"])
+    ]
     states = [method.ema.state_dict() for method in methods]
     assert methods[0].model.config == methods[1].model.config == methods[2].model.config
     for state in states[1:]:
-        assert set(state) == set(states[0]) and all(torch.equal(v, states[0][k]) for k, v in state.items())
+        assert set(state) == set(states[0]) and all(
+            torch.equal(v, states[0][k]) for k, v in state.items()
+        )
 
 
 def test_terms_run_in_fp32_under_autocast():
@@ -510,5 +632,16 @@ def test_impossible_flags_are_refused(flags, message):
 
 def test_defaults_are_the_papers():
     args = parse_args([])
-    assert args.diffusion == "flow" and not args.flip and not args.ema_warmup and args.pairs == "random" and args.long_residual == "pre"
-    assert (args.pair_layers, args.align_weight, args.diversity_weight, args.detach_weight) == (10, 0, None, False)
+    assert (
+        args.diffusion == "flow"
+        and not args.flip
+        and not args.ema_warmup
+        and args.pairs == "random"
+        and args.long_residual == "pre"
+    )
+    assert (args.pair_layers, args.align_weight, args.diversity_weight, args.detach_weight) == (
+        10,
+        0,
+        None,
+        False,
+    )

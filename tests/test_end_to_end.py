@@ -16,30 +16,58 @@ from test_training import TINY, assert_same, checkpoint, free_port, log_lines, r
 
 import sample
 
-SMALL_HEAD = ["--prototypes", "64", "--head-width", "32", "--freeze-steps", "2", "--temperature-steps", "6"]
+SMALL_HEAD = [
+    "--prototypes",
+    "64",
+    "--head-width",
+    "32",
+    "--freeze-steps",
+    "2",
+    "--temperature-steps",
+    "6",
+]
 MODES = {  # one line a mode that changes which parameters are used, or how
     "mdt": ("train_mdt", []),
     "mdt unmasked": ("train_mdt", ["--mask-ratio", "0"]),
     "mdt unmasking": ("train_mdt", ["--mask-schedule", "linear", "--mask-ratio", "0.75"]),
     "mdt flow": ("train_mdt", ["--diffusion", "flow"]),
     "sd-dit": ("train_discriminative", SMALL_HEAD),
-    "sd-dit mean, visible": ("train_discriminative", [*SMALL_HEAD, "--summary", "mean", "--gen-tokens", "visible", "--mask-ratio", "0.5"]),
+    "sd-dit mean, visible": (
+        "train_discriminative",
+        [*SMALL_HEAD, "--summary", "mean", "--gen-tokens", "visible", "--mask-ratio", "0.5"],
+    ),
     "sd-dit plain": ("train_discriminative", ["--align-weight", "0", "--mask-ratio", "0"]),
     "selftrans 1": ("train_selftranscendence", []),
-    "selftrans 1 x0": ("train_selftranscendence", ["--stage1-target", "x0", "--t-mode", "selected"]),
+    "selftrans 1 x0": (
+        "train_selftranscendence",
+        ["--stage1-target", "x0", "--t-mode", "selected"],
+    ),
     "selftrans 2": ("train_selftranscendence", ["--stage", "2", "--teacher", "TEACHER"]),
-    "selftrans 2 stops": ("train_selftranscendence", ["--stage", "2", "--teacher", "TEACHER", "--stop-step", "2", "--t-mode", "all"]),
+    "selftrans 2 stops": (
+        "train_selftranscendence",
+        ["--stage", "2", "--teacher", "TEACHER", "--stop-step", "2", "--t-mode", "all"],
+    ),
     "selftrans plain": ("train_selftranscendence", ["--align-weight", "0"]),
     "diversedit": ("train_diversedit", ["--pair-layers", "4"]),
-    "diversedit post, sra": ("train_diversedit", ["--long-residual", "post", "--pairs", "all", "--align-weight", "0.2"]),
-    "diversedit plain": ("train_diversedit", ["--long-residual", "none", "--diversity-weight", "0"]),
+    "diversedit post, sra": (
+        "train_diversedit",
+        ["--long-residual", "post", "--pairs", "all", "--align-weight", "0.2"],
+    ),
+    "diversedit plain": (
+        "train_diversedit",
+        ["--long-residual", "none", "--diversity-weight", "0"],
+    ),
 }
 
 
 def run_in_process(name, out, *flags, interrupt_at=None):
     """The script's main in this process, optionally sent SIGTERM during a step; the signal handlers of pytest are put back."""
     script = importlib.import_module(name)
-    method = next(value for value in vars(script).values() if isinstance(value, type) and hasattr(value, "after_step"))
+    method = next(
+        value
+        for value in vars(script).values()
+        if isinstance(value, type) and hasattr(value, "after_step")
+    )
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     argv, sys.argv = sys.argv, [f"{name}.py"]
     try:
@@ -85,24 +113,63 @@ def assert_ranks_agree(out):
     assert_same(*states)
 
 
-BY_ONE = ("mdt unmasking", "mdt flow", "sd-dit mean, visible", "selftrans 1 x0", "selftrans plain", "diversedit plain")  # enough, in time
+BY_ONE = (
+    "mdt unmasking",
+    "mdt flow",
+    "sd-dit mean, visible",
+    "selftrans 1 x0",
+    "selftrans plain",
+    "diversedit plain",
+)  # enough, in time
 
 
 @pytest.mark.parametrize("mode", ["sra", *(mode for mode in MODES if mode not in BY_ONE)])
 def test_two_processes_agree_then_sampling(tmp_path, mode, flags_of):
     """DDP stops in the second step if a trainable parameter got no gradient in the first."""
     name, flags = flags_of(mode) if mode in MODES else ("train_sra", [])
-    run(ROOT / "tests" / "as_ranks.py", "none", f"{name}.py", *TINY, "--steps", 4, *flags, "--out", tmp_path / "run", processes=2)
+    run(
+        ROOT / "tests" / "as_ranks.py",
+        "none",
+        f"{name}.py",
+        *TINY,
+        "--steps",
+        4,
+        *flags,
+        "--out",
+        tmp_path / "run",
+        processes=2,
+    )
     assert (tmp_path / "run" / "samples" / "0000004.png").exists()
     assert_ranks_agree(tmp_path / "run")
-    flags = ["--ckpt", tmp_path / "run", "--num", 3, "--steps", 2, "--guidance", 1.5, "--out", tmp_path / "samples"]
+    flags = [
+        "--ckpt",
+        tmp_path / "run",
+        "--num",
+        3,
+        "--steps",
+        2,
+        "--guidance",
+        1.5,
+        "--out",
+        tmp_path / "samples",
+    ]
     sample.main(sample.parse_args(list(map(str, flags))))
     with np.load(tmp_path / "samples" / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (3, 16, 16, 3)
 
 
 def test_ranks_that_drift_apart_are_noticed(tmp_path):
-    run(ROOT / "tests" / "as_ranks.py", "apart", "train_sra.py", *TINY, "--steps", 4, "--out", tmp_path, processes=2)
+    run(
+        ROOT / "tests" / "as_ranks.py",
+        "apart",
+        "train_sra.py",
+        *TINY,
+        "--steps",
+        4,
+        "--out",
+        tmp_path,
+        processes=2,
+    )
     with pytest.raises(AssertionError, match="model"):
         assert_ranks_agree(tmp_path)
 
@@ -112,13 +179,29 @@ def test_unmasked_tuning_starts_from_weights_and_ema(tmp_path):
     run_in_process("train_mdt", tmp_path / "first", "--steps", "3")
     first = checkpoint(tmp_path / "first", 3)
     assert any((first["model"][k] != first["ema"][k]).any() for k in first["model"])
-    start = ["--mask-ratio", "0", "--init-from", str(tmp_path / "first" / "checkpoints" / "0000003.pt")]
+    start = [
+        "--mask-ratio",
+        "0",
+        "--init-from",
+        str(tmp_path / "first" / "checkpoints" / "0000003.pt"),
+    ]
     run_in_process("train_mdt", tmp_path / "still", "--steps", "1", *start, "--lr", "0")
     still = checkpoint(tmp_path / "still", 1)
     assert_same(still["model"], first["model"])
-    assert still["step"] == 1 and all(state["step"] == 1 for state in still["optimizer"]["state"].values())
-    assert torch.allclose(still["ema"]["final_layer.linear.weight"], first["ema"]["final_layer.linear.weight"], rtol=0, atol=1e-5)
-    away = (still["ema"]["final_layer.linear.weight"] - first["model"]["final_layer.linear.weight"]).abs().max()
+    assert still["step"] == 1 and all(
+        state["step"] == 1 for state in still["optimizer"]["state"].values()
+    )
+    assert torch.allclose(
+        still["ema"]["final_layer.linear.weight"],
+        first["ema"]["final_layer.linear.weight"],
+        rtol=0,
+        atol=1e-5,
+    )
+    away = (
+        (still["ema"]["final_layer.linear.weight"] - first["model"]["final_layer.linear.weight"])
+        .abs()
+        .max()
+    )
     assert away > 1e-4  # the EMA is the first stage's EMA, not its weights
     run_in_process("train_mdt", tmp_path / "a", "--steps", "6", *start)
     run_in_process("train_mdt", tmp_path / "b", "--steps", "6", *start, interrupt_at=2)
@@ -140,8 +223,16 @@ def collectives(rank, port, name, flags, folder):
     for k, steps in enumerate((2, 5)):
         os.environ["MASTER_PORT"] = str(port[k])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            run_in_process(name, Path(folder) / str(steps), "--steps", str(steps), "--log-every", "100", *flags)
-        counts.append({event.key: event.count for event in profile.key_averages() if event.key.startswith("gloo:")})
+            run_in_process(
+                name, Path(folder) / str(steps), "--steps", str(steps), "--log-every", "100", *flags
+            )
+        counts.append(
+            {
+                event.key: event.count
+                for event in profile.key_averages()
+                if event.key.startswith("gloo:")
+            }
+        )
     if rank == 0:
         (Path(folder) / "counts.json").write_text(json.dumps(counts))
 

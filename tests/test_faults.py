@@ -13,7 +13,9 @@ def test_killed_at_random_and_within_a_checkpoint_nothing_is_lost(tmp_path):
     assert len(hits) == 2 and lost == []
 
 
-@pytest.mark.parametrize("fault", [faults.full_disk, faults.same_folder, faults.not_finite], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fault", [faults.full_disk, faults.same_folder, faults.not_finite], ids=lambda f: f.__name__
+)
 def test_fault(tmp_path, fault):
     hits, lost = fault(tmp_path)
     assert hits and lost == []
@@ -42,7 +44,10 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path, capfd):
     (tmp_path / "checkpoints" / "0000008.pt").write_bytes(b"")
     (tmp_path / "checkpoints" / "0000006.pt").write_bytes(b"torn")
     train(tmp_path, "--steps", "5", "--save-every", "5", "--keep", "1")
-    assert names() == ["0000005.pt", "0000006.pt", "0000008.pt"] and checkpoint(tmp_path, 5)["step"] == 5
+    assert (
+        names() == ["0000005.pt", "0000006.pt", "0000008.pt"]
+        and checkpoint(tmp_path, 5)["step"] == 5
+    )
     error = capfd.readouterr().err
     assert "0000008.pt cannot be read" in error and "0000006.pt cannot be read" in error
     train(tmp_path, "--steps", "12", "--save-every", "2", "--keep", "2")
@@ -59,4 +64,6 @@ def test_a_damaged_line_of_the_log_is_dropped(tmp_path):
 
 
 def test_modes_cover_every_script():
-    assert {script for script, _ in MODES.values()} | {"train_sra"} == {name.removesuffix(".py") for name in faults.SCRIPTS}
+    assert {script for script, _ in MODES.values()} | {"train_sra"} == {
+        name.removesuffix(".py") for name in faults.SCRIPTS
+    }

@@ -56,7 +56,15 @@ def one_thread():
 
 def encode(folder, path, batch_size=8, vae=None, data="data", size=SIZE, vae_file="vae.bin"):
     loaded, vae_hash = load_vae(folder / vae_file)
-    return cache_latents(path, Images(str(folder / data), size, 0, 1), vae or loaded, vae_hash, collate, 0, batch_size)
+    return cache_latents(
+        path,
+        Images(str(folder / data), size, 0, 1),
+        vae or loaded,
+        vae_hash,
+        collate,
+        0,
+        batch_size,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +80,18 @@ def test_moments_of_every_image_and_its_mirror(folder, cache):
     assert len(cache) == 30 and cache.classes == ["class0", "class1", "class2"]
     keys = [(7, False), (0, True), (29, False), (7, True)]
     moments, labels = cache.__getitems__(keys)
-    assert moments.dtype == torch.float16 and moments.shape == (4, 8, 4, 4) and labels.tolist() == [images[k][1] for k in keys]
+    assert (
+        moments.dtype == torch.float16
+        and moments.shape == (4, 8, 4, 4)
+        and labels.tolist() == [images[k][1] for k in keys]
+    )
     for key, stored in zip(keys, moments):
-        mean, logvar = vae.encode(images[key][0][None].float() / 127.5 - 1)  # Images mirrors by itself here
-        torch.testing.assert_close(stored.float(), torch.cat([mean, logvar], 1)[0], rtol=2e-3, atol=2e-3)
+        mean, logvar = vae.encode(
+            images[key][0][None].float() / 127.5 - 1
+        )  # Images mirrors by itself here
+        torch.testing.assert_close(
+            stored.float(), torch.cat([mean, logvar], 1)[0], rtol=2e-3, atol=2e-3
+        )
     assert not torch.equal(moments[0], moments[3])
 
 
@@ -83,9 +99,19 @@ def test_header_and_size(folder, cache):
     path = folder / "whole.latents"
     header = json.loads(path.read_bytes()[: 2**20].rstrip(b"\0"))
     assert header == cache.header and header["vae"] == load_vae(folder / "vae.safetensors")[1]
-    expected = {"count": 30, "size": SIZE, "scale": 0.18215, "crop": "ADM centre", "moments": [8, 4, 4], "classes": cache.classes}
+    expected = {
+        "count": 30,
+        "size": SIZE,
+        "scale": 0.18215,
+        "crop": "ADM centre",
+        "moments": [8, 4, 4],
+        "classes": cache.classes,
+    }
     assert expected.items() <= header.items()
-    assert path.stat().st_size == latent_layout(header)[3] and not path.with_name("whole.latents.partial").exists()
+    assert (
+        path.stat().st_size == latent_layout(header)[3]
+        and not path.with_name("whole.latents.partial").exists()
+    )
     imagenet = latent_layout({"count": 1_281_167, "moments": [8, 32, 32]})[3]
     assert imagenet < 45e9
 
@@ -107,7 +133,11 @@ class Stops:
 
     def __init__(self, vae, batches):
         self.vae, self.batches, self.images = vae, batches, 0
-        self.factor, self.latent_channels, self.parameters = vae.factor, vae.latent_channels, vae.parameters
+        self.factor, self.latent_channels, self.parameters = (
+            vae.factor,
+            vae.latent_channels,
+            vae.parameters,
+        )
 
     def encode(self, x):
         if self.batches == 0:
@@ -173,7 +203,9 @@ def test_broken_images_are_named_when_all_others_are_encoded(folder, tmp_path):
     good = next((folder / "data").rglob("*.png")).read_bytes()
     for k in range(9):
         (tmp_path / "data" / "a" / f"{k}.png").write_bytes(good[:-60] if k in (1, 5) else good)
-    with pytest.raises(ValueError, match=r"cannot read image .*1\.png.*and 1 more; the other images are encoded"):
+    with pytest.raises(
+        ValueError, match=r"cannot read image .*1\.png.*and 1 more; the other images are encoded"
+    ):
         encode(folder, tmp_path / "c.latents", data=tmp_path / "data", batch_size=3)
     for k in (1, 5):
         (tmp_path / "data" / "a" / f"{k}.png").write_bytes(good)
@@ -203,7 +235,10 @@ def test_one_run_at_a_time_encodes(folder, tmp_path):
                 encode(folder, tmp_path / "c.latents")
             return super().encode(x)
 
-    assert len(encode(folder, tmp_path / "c.latents", vae=Meets(load_vae(folder / "vae.bin")[0], 100))) == 30
+    assert (
+        len(encode(folder, tmp_path / "c.latents", vae=Meets(load_vae(folder / "vae.bin")[0], 100)))
+        == 30
+    )
 
 
 def test_class_names_longer_than_the_header_are_refused(folder, tmp_path):
@@ -216,13 +251,17 @@ def test_class_names_longer_than_the_header_are_refused(folder, tmp_path):
 
 def test_loader_processes_get_the_name_of_the_file(cache):
     content = pickle.dumps(cache)
-    assert len(content) < 2000 and torch.equal(pickle.loads(content).__getitems__([(3, True)])[0], cache.__getitems__([(3, True)])[0])
+    assert len(content) < 2000 and torch.equal(
+        pickle.loads(content).__getitems__([(3, True)])[0], cache.__getitems__([(3, True)])[0]
+    )
 
 
 def ranks_apart(rank, port, folder):
     """Rank 1 sees another cache under the same name, as on a machine with a disk of its own."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
     folder = Path(folder)
     vae, vae_hash = load_vae(folder / "vae.bin")
     images = Images(str(folder / "data"), SIZE, 0, 1)
@@ -240,14 +279,25 @@ def test_every_process_checks_the_file_it_reads(folder, cache):
     other = encode(folder, folder / "rank1.latents", vae_file="other.bin")
     assert other.header["vae"] != cache.header["vae"]
     mp.spawn(ranks_apart, (free_port(), str(folder)), nprocs=2)
-    assert (folder / "result0").read_text() == "accepted" and "of another data set or VAE: vae" in (folder / "result1").read_text()
+    assert (folder / "result0").read_text() == "accepted" and "of another data set or VAE: vae" in (
+        folder / "result1"
+    ).read_text()
 
 
 # From the command line
 
 
 def flags(folder, tmp_path, vae="vae.bin"):
-    data = ["--data", folder / "data", "--image-size", SIZE, "--model", "DiT-Ti/2", "--vae", folder / vae]
+    data = [
+        "--data",
+        folder / "data",
+        "--image-size",
+        SIZE,
+        "--model",
+        "DiT-Ti/2",
+        "--vae",
+        folder / vae,
+    ]
     return [*map(str, [*data, "--latents", tmp_path / "c.latents"])]
 
 
@@ -263,21 +313,35 @@ def test_training_on_latents_resumes_bitwise_and_samples(folder, tmp_path, name)
         assert_same(a[part], b[part], part)
     assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b")
     network = a["args"]["network"]
-    assert network["in_channels"] == 4 and network["input_size"] == 4 and network["num_classes"] == 3
+    assert (
+        network["in_channels"] == 4 and network["input_size"] == 4 and network["num_classes"] == 3
+    )
     assert Image.open(tmp_path / "a" / "samples" / "0000006.png").size == (3 * SIZE, 4 * SIZE)
     draw = ["--ckpt", tmp_path / "a", "--num", 5, "--steps", 2, "--batch-size", 3]
     sample.main(sample.parse_args([*map(str, [*draw, "--out", tmp_path / "images"])]))
     sample.main(sample.parse_args([*map(str, [*draw, "--latents", "--out", tmp_path / "stored"])]))
-    with np.load(tmp_path / "images" / "samples.npz") as images, np.load(tmp_path / "stored" / "samples.npz") as latents:
-        assert images["arr_0"].shape == (5, SIZE, SIZE, 3) and latents["arr_0"].shape == (5, 4, 4, 4)
+    with (
+        np.load(tmp_path / "images" / "samples.npz") as images,
+        np.load(tmp_path / "stored" / "samples.npz") as latents,
+    ):
+        assert images["arr_0"].shape == (5, SIZE, SIZE, 3) and latents["arr_0"].shape == (
+            5,
+            4,
+            4,
+            4,
+        )
         protocol = json.loads(images["protocol"].item())
-        decoded = models.to_uint8(load_vae(folder / "vae.bin")[0].decode(torch.from_numpy(latents["arr_0"]) / VAE_SCALE)).numpy()
+        decoded = models.to_uint8(
+            load_vae(folder / "vae.bin")[0].decode(torch.from_numpy(latents["arr_0"]) / VAE_SCALE)
+        ).numpy()
         assert np.abs(decoded.astype(int) - images["arr_0"]).max() <= 1
     assert protocol == json.loads((tmp_path / "images" / "protocol.json").read_text())
     assert protocol["vae"] == a["args"]["vae_hash"] == load_vae(folder / "vae.safetensors")[1]
 
 
-def test_the_loop_trains_on_fresh_samples_and_latents_are_not_clipped(folder, tmp_path, monkeypatch):
+def test_the_loop_trains_on_fresh_samples_and_latents_are_not_clipped(
+    folder, tmp_path, monkeypatch
+):
     """Two epochs of the whole set without flips: other latents of the same images. DDPM clips pixels while sampling, never latents."""
     seen, made = [], []
 
@@ -288,8 +352,19 @@ def test_the_loop_trains_on_fresh_samples_and_latents_are_not_clipped(folder, tm
 
     monkeypatch.setattr(train_sra, "SRA", Records)
     original = train_sra.make_diffusion
-    monkeypatch.setattr(train_sra, "make_diffusion", lambda name, clip: (made.append(clip), original(name, clip))[1])
-    options = [*flags(folder, tmp_path), "--diffusion", "ddpm", "--batch-size", "30", "--no-flip", "--steps", "2"]
+    monkeypatch.setattr(
+        train_sra, "make_diffusion", lambda name, clip: (made.append(clip), original(name, clip))[1]
+    )
+    options = [
+        *flags(folder, tmp_path),
+        "--diffusion",
+        "ddpm",
+        "--batch-size",
+        "30",
+        "--no-flip",
+        "--steps",
+        "2",
+    ]
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     train_sra.main(Records, train_sra.parse_args([*TINY, "--out", str(tmp_path / "a"), *options]))
     for s, handler in handlers.items():
@@ -302,7 +377,9 @@ def test_the_loop_trains_on_fresh_samples_and_latents_are_not_clipped(folder, tm
 
 
 def x0_is_scaled(x0):
-    return x0.shape == (30, 4, 4, 4) and x0.dtype == torch.float32 and x0.abs().max() < 20 * VAE_SCALE
+    return (
+        x0.shape == (30, 4, 4, 4) and x0.dtype == torch.float32 and x0.abs().max() < 20 * VAE_SCALE
+    )
 
 
 def test_which_vae_samples(folder, tmp_path, capfd):
@@ -313,7 +390,16 @@ def test_which_vae_samples(folder, tmp_path, capfd):
     options[options.index("--vae") + 1] = str(moved)
     run_in_process("train_sra", tmp_path / "a", *options, "--steps", "2", "--batch-size", "6")
     moved.unlink()
-    draw = ["--ckpt", str(tmp_path / "a"), "--num", "2", "--steps", "2", "--out", str(tmp_path / "images")]
+    draw = [
+        "--ckpt",
+        str(tmp_path / "a"),
+        "--num",
+        "2",
+        "--steps",
+        "2",
+        "--out",
+        str(tmp_path / "images"),
+    ]
 
     def refused(words, *more):
         with pytest.raises(SystemExit) as stop:
@@ -346,15 +432,35 @@ def test_resuming_with_another_vae_is_refused(folder, tmp_path, capfd):
             run_in_process("train_sra", tmp_path / "a", *other, *changes, *options)
         assert stop.value.code == 2 and words in capfd.readouterr().err
     capfd.readouterr()
-    run_in_process("train_sra", tmp_path / "a", *flags(folder, tmp_path, "vae.safetensors"), "--steps", "3", "--batch-size", "6")
+    run_in_process(
+        "train_sra",
+        tmp_path / "a",
+        *flags(folder, tmp_path, "vae.safetensors"),
+        "--steps",
+        "3",
+        "--batch-size",
+        "6",
+    )
     assert "resuming with" in capfd.readouterr().out  # the same weights, in another file
 
 
 def test_unmasked_tuning_needs_the_same_vae(folder, tmp_path, capfd):
-    run_in_process("train_mdt", tmp_path / "a", *flags(folder, tmp_path), "--steps", "1", "--batch-size", "6")
-    start = ["--init-from", str(tmp_path / "a" / "checkpoints" / "0000001.pt"), "--steps", "1", "--batch-size", "6"]
+    run_in_process(
+        "train_mdt", tmp_path / "a", *flags(folder, tmp_path), "--steps", "1", "--batch-size", "6"
+    )
+    start = [
+        "--init-from",
+        str(tmp_path / "a" / "checkpoints" / "0000001.pt"),
+        "--steps",
+        "1",
+        "--batch-size",
+        "6",
+    ]
     run_in_process("train_mdt", tmp_path / "b", *flags(folder, tmp_path), *start)
-    for more, words in ((flags(folder, tmp_path, "other.bin"), "it differs in VAE"), (["--latents", "x"], "--latents needs --vae")):
+    for more, words in (
+        (flags(folder, tmp_path, "other.bin"), "it differs in VAE"),
+        (["--latents", "x"], "--latents needs --vae"),
+    ):
         with pytest.raises(SystemExit) as stop:
             run_in_process("train_mdt", tmp_path / "c", *more, *start)
         assert stop.value.code == 2 and words in capfd.readouterr().err
@@ -367,15 +473,36 @@ def test_two_processes_killed_in_the_middle_of_encoding(folder, cache, tmp_path)
         (many / f"class{k % 3}").mkdir(parents=True, exist_ok=True)
         source = sorted((folder / "data" / f"class{k % 3}").iterdir())[k // 3 % 10]
         os.link(source, many / f"class{k % 3}" / f"{k:04d}.png")
-    options = ["--data", many, "--image-size", SIZE, "--model", "DiT-Ti/2", "--vae", folder / "vae.bin", "--steps", 2, "--batch-size", 4]
+    options = [
+        "--data",
+        many,
+        "--image-size",
+        SIZE,
+        "--model",
+        "DiT-Ti/2",
+        "--vae",
+        folder / "vae.bin",
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+    ]
     words = command(ROOT / "train_sra.py", *TINY, *options, "--out", tmp_path / "run", processes=2)
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     partial, done = Path(f"{many}.{SIZE}.latents.partial"), 0
     while process.poll() is None and done == 0:
         time.sleep(0.02)
         if partial.exists() and partial.stat().st_size > 2**20:
             done = int(np.memmap(partial, np.uint8, "r", 2**20, (600,)).sum())
-    for line in subprocess.run(["ps", "-ewwo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
+    for line in subprocess.run(
+        ["ps", "-ewwo", "pid,args"], capture_output=True, text=True
+    ).stdout.splitlines():
         if str(tmp_path / "run") in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
     process.wait()
@@ -386,8 +513,15 @@ def test_two_processes_killed_in_the_middle_of_encoding(folder, cache, tmp_path)
     both = LatentCache(path, json.loads(path.read_bytes()[: 2**20].rstrip(b"\0")))
     files = sorted(many.glob("*/*"))
     small = sorted((folder / "data").glob("*/*"))
-    for i in (0, 77, 300, 599):  # equal to the small cache's entry of the same picture, up to rounding
+    for i in (
+        0,
+        77,
+        300,
+        599,
+    ):  # equal to the small cache's entry of the same picture, up to rounding
         k = int(files[i].stem)
         source = sorted((folder / "data" / f"class{k % 3}").iterdir())[k // 3 % 10]
-        np.testing.assert_allclose(both.moments[i].astype(float), cache.moments[small.index(source)], rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(
+            both.moments[i].astype(float), cache.moments[small.index(source)], rtol=1e-2, atol=1e-2
+        )
         assert both.labels[i] == k % 3

@@ -11,13 +11,23 @@ import sample
 import train_mdt
 from diffusion import EDM, Guided, ImageNoise, make_diffusion, sample_ode
 from models import MaskedDiT, build_model, load_official, position_embedding
-from train_mdt import MaskDiT, mask_ratio_at, parse_args, patchify, reconstruction_loss, visible_loss
+from train_mdt import (
+    MaskDiT,
+    mask_ratio_at,
+    parse_args,
+    patchify,
+    reconstruction_loss,
+    visible_loss,
+)
 
 
 def official_file(golden, tmp_path):
     """A checkpoint as MaskDiT saves it: names of the preconditioned wrapper, one-hot label layer, no row for the null label."""
     state = golden.weights()
-    state["pos_embed"], state["decoder_pos_embed"] = position_embedding(48, 4), position_embedding(512, 4)
+    state["pos_embed"], state["decoder_pos_embed"] = (
+        position_embedding(48, 4),
+        position_embedding(512, 4),
+    )
     state = {f"model.{name}": value for name, value in state.items()}
     torch.save({"model": state, "ema": state}, tmp_path / "maskdit.pt")
     return tmp_path / "maskdit.pt"
@@ -46,31 +56,64 @@ def test_maskdit_forward(golden, tmp_path):
         guided = Guided(model, g.config["cfg_scale"], 10)(*edm.net_inputs(i["x"], sigma), y)
         g.check("D_cfg", edm.denoise(guided, i["x"], sigma))
         everything = torch.arange(16).expand(4, 16)
-        torch.testing.assert_close(model(net_in, net_t, y, everything.flip(1)), full, rtol=1e-4, atol=5e-5)  # any order, nothing hidden
+        torch.testing.assert_close(
+            model(net_in, net_t, y, everything.flip(1)), full, rtol=1e-4, atol=5e-5
+        )  # any order, nothing hidden
     g.all_checked()
 
 
 def test_official_weights_are_sampled_as_edm(tmp_path):
     """sample.py knows the noise process of official MaskDiT weights, and its images are those of the network under EDM."""
-    model = MaskedDiT(decoder=(2, 32, 16), input_size=8, patch_size=2, in_channels=4, hidden_size=128, depth=6, num_heads=4, num_classes=10)
+    model = MaskedDiT(
+        decoder=(2, 32, 16),
+        input_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=128,
+        depth=6,
+        num_heads=4,
+        num_classes=10,
+    )
     for name, parameter in model.named_parameters():
         parameter.data.copy_(recipe_tensor("official", name, tuple(parameter.shape)))
     state = {f"model.{k}": v for k, v in model.state_dict().items()}
     table = "model.y_embedder.embedding_table.weight"
     state[table] = state[table][:-1].T.contiguous()
     torch.save({"model": state, "ema": state}, tmp_path / "maskdit.pt")
-    flags = ["--ckpt", tmp_path / "maskdit.pt", "--official", "maskdit", "--model", "DiT-Ti/2", "--num", 2, "--steps", 3, "--latents"]
+    flags = [
+        "--ckpt",
+        tmp_path / "maskdit.pt",
+        "--official",
+        "maskdit",
+        "--model",
+        "DiT-Ti/2",
+        "--num",
+        2,
+        "--steps",
+        3,
+        "--latents",
+    ]
     sample.main(sample.parse_args(list(map(str, [*flags, "--out", tmp_path / "out"]))))
     draw = ImageNoise(0, range(2), (4, 8, 8))
     noise, y = draw(), draw.choice(range(10))
     expected = sample_ode(model, EDM(), noise, y, 3).float()
     with np.load(tmp_path / "out" / "samples.npz") as arrays:
-        torch.testing.assert_close(torch.from_numpy(arrays["arr_0"]), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.from_numpy(arrays["arr_0"]), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def method_for(golden, tmp_path, *flags):
     config = golden.config
-    names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+    names = (
+        "input_size",
+        "patch_size",
+        "in_channels",
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "num_classes",
+    )
     flags = ["--init-from", str(official_file(golden, tmp_path)), *flags]
     return MaskDiT(parse_args(flags), {k: config[k] for k in names}, EDM())
 
@@ -83,10 +126,17 @@ def test_maskdit_loss(golden, tmp_path):
     g.check("sigma", sigma)
     draws = {"t": sigma, "noise": i["noise"], "drop": torch.ones(4), "mask": i["mask_draw"]}
     seen = {}
-    method.model.register_forward_hook(lambda module, inputs, output: seen.update(ids_keep=inputs[3], out=output.detach()))
+    method.model.register_forward_hook(
+        lambda module, inputs, output: seen.update(ids_keep=inputs[3], out=output.detach())
+    )
 
     def per_image(method, name):
-        one = [method(i["x0"][k : k + 1], y[k : k + 1], **{n: v[k : k + 1] for n, v in draws.items()})[name] for k in range(4)]
+        one = [
+            method(i["x0"][k : k + 1], y[k : k + 1], **{n: v[k : k + 1] for n, v in draws.items()})[
+                name
+            ]
+            for k in range(4)
+        ]
         return torch.stack(one).detach()
 
     terms = method(i["x0"], y, **draws)
@@ -102,7 +152,15 @@ def test_maskdit_loss(golden, tmp_path):
     g.all_checked()
 
 
-NETWORK = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": 10}
+NETWORK = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 def small(*flags):
@@ -117,7 +175,14 @@ def draws(n=4):
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, n, 3, 8, 8, generator=generator)
     names = {"t": (n,), "drop": (n,), "mask": (n, 16)}
-    return x0, torch.arange(n), {"noise": noise, **{k: torch.rand(shape, generator=generator) for k, shape in names.items()}}
+    return (
+        x0,
+        torch.arange(n),
+        {
+            "noise": noise,
+            **{k: torch.rand(shape, generator=generator) for k, shape in names.items()},
+        },
+    )
 
 
 def test_dropped_tokens_are_really_dropped_and_hidden_values_reach_nothing():
@@ -144,7 +209,9 @@ def test_hidden_values_reach_the_denoised_output_through_c_skip():
         out = method.model(*EDM().net_inputs(x_t, d["t"]), y, d["mask"].argsort(1)[:, :8])
     changed = EDM().denoise(out, x_t + 1, d["t"]) - EDM().denoise(out, x_t, d["t"])
     c_skip = EDM().preconditioning(d["t"])[0]
-    torch.testing.assert_close(changed, c_skip.reshape(-1, 1, 1, 1).expand_as(changed), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        changed, c_skip.reshape(-1, 1, 1, 1).expand_as(changed), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_losses_against_their_definition():
@@ -155,31 +222,54 @@ def test_losses_against_their_definition():
     for n in range(2):
         dsm, mae = [], []
         for k in range(16):
-            rows, columns = slice(2 * (k // 4), 2 * (k // 4) + 2), slice(2 * (k % 4), 2 * (k % 4) + 2)
+            rows, columns = (
+                slice(2 * (k // 4), 2 * (k // 4) + 2),
+                slice(2 * (k % 4), 2 * (k % 4) + 2),
+            )
             if hidden[n, k]:
                 patch = x_t[n, :, rows, columns]
-                mae.append(((denoised[n, :, rows, columns] - (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()) ** 2).mean())
+                mae.append(
+                    (
+                        (
+                            denoised[n, :, rows, columns]
+                            - (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+                        )
+                        ** 2
+                    ).mean()
+                )
             else:
                 dsm.append(loss[n, :, rows, columns].mean())
         assert torch.isclose(visible_loss(loss, hidden, 2)[n], torch.stack(dsm).mean(), atol=1e-6)
-        assert torch.isclose(reconstruction_loss(denoised, x_t, hidden, 2)[n], torch.stack(mae).mean(), rtol=1e-4)
+        assert torch.isclose(
+            reconstruction_loss(denoised, x_t, hidden, 2)[n], torch.stack(mae).mean(), rtol=1e-4
+        )
     assert patchify(loss, 2).shape == (2, 16, 12)
 
 
 def test_without_masking_and_with_nothing_left_to_hide_it_is_plain_edm():
     x0, y, d = draws()
-    plain, late = small("--mask-ratio", "0"), small("--mask-schedule", "cosine4", "--steps", "100000")
+    plain, late = (
+        small("--mask-ratio", "0"),
+        small("--mask-schedule", "cosine4", "--steps", "100000"),
+    )
     late.step = 99_997  # the ratio is 1e-18 here: the official code saves NaN
     assert 0 < mask_ratio_at(99_997, 100_000, 0.5, "cosine4") < 1e-15
     dropped = torch.where(d["drop"] < 0.1, 10, y)
     edm = EDM()
     x_t = edm.add_noise(x0, d["noise"], d["t"])
-    direct = edm.loss(plain.model(*edm.net_inputs(x_t, d["t"]), dropped), x0, d["noise"], d["t"]).mean()
+    direct = edm.loss(
+        plain.model(*edm.net_inputs(x_t, d["t"]), dropped), x0, d["noise"], d["t"]
+    ).mean()
     for method in (plain, late):
         assert torch.equal(method(x0, y, **d)["loss"], direct)
 
 
-MODES = [[], ["--mask-ratio", "0"], ["--diffusion", "flow", "--mask-ratio", "0.75"], ["--mae-weight", "0"]]
+MODES = [
+    [],
+    ["--mask-ratio", "0"],
+    ["--diffusion", "flow", "--mask-ratio", "0.75"],
+    ["--mae-weight", "0"],
+]
 
 
 @pytest.mark.parametrize("flags", MODES, ids=str)
@@ -197,7 +287,9 @@ def test_mask_ratio_schedules():
     assert [mask_ratio_at(k, 10, 0.5, "constant") for k in (0, 5, 10)] == [0.5] * 3
     assert [mask_ratio_at(k, 10, 0.5, "linear") for k in (0, 5, 10, 20)] == [0.5, 0.25, 0, 0]
     cosine4 = [mask_ratio_at(k, 1000, 0.5, "cosine4") for k in range(1000)]
-    assert abs(sum(cosine4) / 1000 - 0.1875) < 1e-3 and cosine4[750] < 0.011  # papers/maskdit: mean ratio of the official tuning
+    assert (
+        abs(sum(cosine4) / 1000 - 0.1875) < 1e-3 and cosine4[750] < 0.011
+    )  # papers/maskdit: mean ratio of the official tuning
     assert math.isclose(mask_ratio_at(5, 10, 0.5, "cosine2"), 0.25)
     for name in ("cos4", "cosine", "exp"):
         with pytest.raises(ValueError, match="unknown --mask-schedule"):
@@ -220,7 +312,9 @@ def test_parameter_counts_of_the_paper():
 
     with torch.device("meta"):
         for size, millions in (("S", 68.1), ("B", 175.6), ("L", 509.8), ("XL", 730.1)):
-            model = MaskedDiT(input_size=32, in_channels=4, num_classes=1000, **parse_model(f"DiT-{size}/2"))
+            model = MaskedDiT(
+                input_size=32, in_channels=4, num_classes=1000, **parse_model(f"DiT-{size}/2")
+            )
             assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 0.1
 
 

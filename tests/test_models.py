@@ -34,7 +34,9 @@ def test_dit_forward(golden, tmp_path):
     i = g.inputs
     with torch.no_grad():
         g.check("out", model(i["x"], i["t"], i["y"]))
-        guided = Guided(model, g.config["cfg_scale"], g.config["null_label"], channels=3)(i["z"], i["cfg_t"], i["cfg_y"])
+        guided = Guided(model, g.config["cfg_scale"], g.config["null_label"], channels=3)(
+            i["z"], i["cfg_t"], i["cfg_y"]
+        )
         # The official second half carries the unconditional values of what is not guided; ours returns the first half only.
         null = torch.full_like(i["cfg_y"], g.config["null_label"])
         second = torch.cat([guided[:, :3], model(i["z"], i["cfg_t"], null)[:, 3:]], 1)
@@ -46,11 +48,15 @@ def test_sit_forward(golden, tmp_path):
     """Original SiT weights are converted to our direction of time, so f(x, t) = -official(x, 1 - t), and lose the channels SiT drops."""
     g = golden("sit_forward")
     model, notes = from_checkpoint(g, tmp_path, "sit")
-    assert any("reversed time" in n for n in notes) and any("dropped 4 output channels" in n for n in notes)
+    assert any("reversed time" in n for n in notes) and any(
+        "dropped 4 output channels" in n for n in notes
+    )
     i = g.inputs
     with torch.no_grad():
         g.check("out", -model(i["x"], 1 - i["t"], i["y"]))
-        guided = Guided(model, g.config["cfg_scale"], g.config["null_label"], channels=3)(i["z"], 1 - i["cfg_t"], i["cfg_y"])
+        guided = Guided(model, g.config["cfg_scale"], g.config["null_label"], channels=3)(
+            i["z"], 1 - i["cfg_t"], i["cfg_y"]
+        )
         null = torch.full_like(i["cfg_y"], g.config["null_label"])
         second = torch.cat([guided[:, :3], model(i["z"], 1 - i["cfg_t"], null)[:, 3:]], 1)
     g.check("cfg", -torch.cat([guided, second]))
@@ -65,7 +71,12 @@ def test_sra_forward(golden, tmp_path, case):
     g = golden(case)
     state = official_state(g)
     wrong = {k: torch.zeros_like(v) for k, v in state.items()}
-    model, notes = from_checkpoint(g, tmp_path, "sra", lambda s: {"ema": s, "model": wrong, "args": argparse.Namespace(lr=1e-4)})
+    model, notes = from_checkpoint(
+        g,
+        tmp_path,
+        "sra",
+        lambda s: {"ema": s, "model": wrong, "args": argparse.Namespace(lr=1e-4)},
+    )
     assert any("ap_head" in n for n in notes) and any("'ema'" in n for n in notes)
     i = g.inputs
     with torch.no_grad():
@@ -84,9 +95,20 @@ def test_sra_forward(golden, tmp_path, case):
 
 def tiny(**changes):
     torch.manual_seed(0)
-    config = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
+    config = {
+        "input_size": 8,
+        "patch_size": 2,
+        "in_channels": 3,
+        "hidden_size": 48,
+        "depth": 4,
+        "num_heads": 3,
+        "num_classes": 10,
+    }
     model = DiT(**{**config, **changes})
-    for name, parameter in model.named_parameters():  # leave the all-zero initialisation of adaLN and the last layer
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # leave the all-zero initialisation of adaLN and the last layer
         parameter.data.copy_(recipe_tensor("test", name, tuple(parameter.shape)))
     return model
 
@@ -117,7 +139,9 @@ def test_train_and_eval_mode_agree_and_initial_output_is_zero():
     torch.manual_seed(0)
     fresh = DiT(**model.config)
     out, kept = fresh(*inputs, features=(0, 4))
-    assert out.abs().max() == 0 and torch.equal(kept[0], kept[4])  # every block starts as the identity
+    assert out.abs().max() == 0 and torch.equal(
+        kept[0], kept[4]
+    )  # every block starts as the identity
 
 
 def test_patches_keep_their_place():
@@ -128,7 +152,9 @@ def test_patches_keep_their_place():
     for row in range(4):
         for column in range(4):
             patch = x[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]  # (N, C, p, p)
-            tokens[:, 4 * row + column] = patch.permute(0, 2, 3, 1).flatten(1)  # row, column, channel
+            tokens[:, 4 * row + column] = patch.permute(0, 2, 3, 1).flatten(
+                1
+            )  # row, column, channel
     assert torch.equal(model.unpatchify(tokens), x)
 
 
@@ -136,7 +162,13 @@ def test_named_sizes_have_the_published_parameter_counts():
     """DiT Table 1 counts (learned variance, 1000 classes, 32 x 32 x 4 latents): S 33 M, B 130 M, L 458 M, XL 675 M."""
     with torch.device("meta"):
         for name, millions in (("S", 32.96), ("B", 130.51), ("L", 458.1), ("XL", 675.13)):
-            model = DiT(32, in_channels=4, num_classes=1000, learn_sigma=True, **parse_model(f"DiT-{name}/2"))
+            model = DiT(
+                32,
+                in_channels=4,
+                num_classes=1000,
+                learn_sigma=True,
+                **parse_model(f"DiT-{name}/2"),
+            )
             count = sum(v.numel() for v in model.state_dict().values())
             assert abs(count / 1e6 - millions) < 0.06, (name, count)
     assert parse_model("SiT-XL/2") == parse_model("DiT-XL/2")
@@ -156,7 +188,12 @@ def test_load_official_names_every_key_that_does_not_fit(tmp_path):
     torch.save(state, tmp_path / "bad.pt")
     with pytest.raises(ValueError) as error:
         load_official(tmp_path / "bad.pt", "repa", 3)
-    for name in ("blocks.2.mlp.fc1.bias", "blocks.0.attn.qkv.weight", "surprise.weight", "blocks.1.mlp.fc2.bias (5,) for (48,)"):
+    for name in (
+        "blocks.2.mlp.fc1.bias",
+        "blocks.0.attn.qkv.weight",
+        "surprise.weight",
+        "blocks.1.mlp.fc2.bias (5,) for (48,)",
+    ):
         assert name in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -166,7 +203,11 @@ def test_load_official_refuses_what_is_no_checkpoint(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")
     torch.save({"ema": torch.zeros(3)}, tmp_path / "bare.pt")
-    cases = {"text.pt": "cannot be read", "none.pt": "cannot be read", "other.pt": "not a DiT or SiT"}
+    cases = {
+        "text.pt": "cannot be read",
+        "none.pt": "cannot be read",
+        "other.pt": "not a DiT or SiT",
+    }
     cases |= {"bare.pt": "holds no state dict", "list.pt": "holds no state dict"}
     for name, words in cases.items():
         with pytest.raises(ValueError, match=words) as error:
@@ -176,7 +217,9 @@ def test_load_official_refuses_what_is_no_checkpoint(tmp_path):
 
 def test_repa_checkpoint_with_ddp_prefix_and_projectors(tmp_path):
     model = tiny()
-    state = {f"module.{k}": v for k, v in model.state_dict().items()} | {"module.projectors.0.0.weight": torch.zeros(2, 2)}
+    state = {f"module.{k}": v for k, v in model.state_dict().items()} | {
+        "module.projectors.0.0.weight": torch.zeros(2, 2)
+    }
     torch.save({"model": state, "ema": state, "opt": {}, "steps": 5}, tmp_path / "repa.pt")
     loaded, notes = load_official(tmp_path / "repa.pt", "repa", 3)
     assert torch.equal(loaded(*draws()), model(*draws())) and any("projectors" in n for n in notes)

@@ -21,9 +21,16 @@ FLAGS = ["--num", "10", "--steps", "3", "--seed", "4"]
 def trained(tmp_path_factory):
     """Checkpoints of short runs whose EMA generates something other than noise-free zeros."""
     runs = {}
-    for name, flags in {"flow": [], "gvp": ["--diffusion", "gvp"], "ddpm": ["--diffusion", "ddpm"], "edm": ["--diffusion", "edm"]}.items():
+    for name, flags in {
+        "flow": [],
+        "gvp": ["--diffusion", "gvp"],
+        "ddpm": ["--diffusion", "ddpm"],
+        "edm": ["--diffusion", "edm"],
+    }.items():
         runs[name] = tmp_path_factory.mktemp(name)
-        train(runs[name], "--steps", "3", *flags, *(["--align-weight", "0"] if name == "edm" else []))
+        train(
+            runs[name], "--steps", "3", *flags, *(["--align-weight", "0"] if name == "edm" else [])
+        )
         path = runs[name] / "checkpoints" / "0000003.pt"
         saved = torch.load(path, weights_only=True)
         generator = torch.Generator().manual_seed(0)
@@ -44,27 +51,60 @@ def images(folder):
 
 def assert_same_images(a, b):
     """Labels exactly; pixels up to one grey level in a few: matrix products round differently by the batch they are in."""
-    assert (a[1] == b[1]).all() and a[0].shape == b[0].shape and a[0].dtype == b[0].dtype == np.uint8
+    assert (
+        (a[1] == b[1]).all() and a[0].shape == b[0].shape and a[0].dtype == b[0].dtype == np.uint8
+    )
     difference = np.abs(a[0].astype(int) - b[0].astype(int))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-SAMPLERS = [("flow", "heun"), ("flow", "sde"), ("gvp", "euler"), ("ddpm", "euler"), ("ddpm", "sde"), ("edm", "heun"), ("edm", "sde")]
+SAMPLERS = [
+    ("flow", "heun"),
+    ("flow", "sde"),
+    ("gvp", "euler"),
+    ("ddpm", "euler"),
+    ("ddpm", "sde"),
+    ("edm", "heun"),
+    ("edm", "sde"),
+]
 
 
 @pytest.mark.parametrize("name,solver", SAMPLERS)
 def test_images_do_not_depend_on_the_batch_size(trained, tmp_path, name, solver):
     for batch in (3, 7):
-        flags = ["--ckpt", trained[name], *FLAGS, "--solver", solver, "--batch-size", batch, "--guidance", 1.5]
+        flags = [
+            "--ckpt",
+            trained[name],
+            *FLAGS,
+            "--solver",
+            solver,
+            "--batch-size",
+            batch,
+            "--guidance",
+            1.5,
+        ]
         draw(*flags, "--out", tmp_path / str(batch))
     a, b = images(tmp_path / "3"), images(tmp_path / "7")
     assert a[0].shape == (10, 16, 16, 3)
     assert_same_images(a, b)
-    assert a[0].std() > 5 and len(np.unique(a[0].reshape(10, -1), axis=0)) == 10  # ten different images
+    assert (
+        a[0].std() > 5 and len(np.unique(a[0].reshape(10, -1), axis=0)) == 10
+    )  # ten different images
 
 
 def test_images_do_not_depend_on_the_number_of_processes(trained, tmp_path):
-    flags = ["--ckpt", trained["flow"], "--num-samples", 10, "--steps", 3, "--seed", 4, "--batch-size", 3]
+    flags = [
+        "--ckpt",
+        trained["flow"],
+        "--num-samples",
+        10,
+        "--steps",
+        3,
+        "--seed",
+        4,
+        "--batch-size",
+        3,
+    ]
     for processes in (1, 2):
         run(ROOT / "sample.py", *flags, "--out", tmp_path / str(processes), processes=processes)
     assert_same_images(images(tmp_path / "1"), images(tmp_path / "2"))
@@ -72,17 +112,38 @@ def test_images_do_not_depend_on_the_number_of_processes(trained, tmp_path):
 
 def test_files_and_protocol(trained, tmp_path):
     guidance = ["--guidance", 2, "--guidance-interval", 0, 0.7]
-    draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 4, "--png", "--labels", "balanced", *guidance, "--out", tmp_path)
+    draw(
+        "--ckpt",
+        trained["flow"],
+        *FLAGS,
+        "--batch-size",
+        4,
+        "--png",
+        "--labels",
+        "balanced",
+        *guidance,
+        "--out",
+        tmp_path,
+    )
     pixels, labels = images(tmp_path)
     assert labels.tolist() == list(range(10))
-    assert zipfile.ZipFile(tmp_path / "samples.npz").namelist() == ["arr_0.npy", "arr_1.npy", "protocol.npy"]
+    assert zipfile.ZipFile(tmp_path / "samples.npz").namelist() == [
+        "arr_0.npy",
+        "arr_1.npy",
+        "protocol.npy",
+    ]
     assert Image.open(tmp_path / "grid.png").size == (8 * 16, 16)
     assert len(list((tmp_path / "png").iterdir())) == 10
     assert np.array_equal(np.asarray(Image.open(tmp_path / "png" / "000007.png")), pixels[7])
     assert not (tmp_path / "parts").exists()
     protocol = json.loads((tmp_path / "protocol.json").read_text())
-    assert protocol["checkpoint"]["step"] == 3 and protocol["checkpoint"]["script"] == "train_sra.py"
-    assert protocol["guidance"] == {"scale": 2.0, "interval": [0.0, 0.7], "channels": 3} and protocol["seed"] == 4
+    assert (
+        protocol["checkpoint"]["step"] == 3 and protocol["checkpoint"]["script"] == "train_sra.py"
+    )
+    assert (
+        protocol["guidance"] == {"scale": 2.0, "interval": [0.0, 0.7], "channels": 3}
+        and protocol["seed"] == 4
+    )
 
 
 def test_an_interrupted_run_goes_on_even_with_another_batch_size(trained, tmp_path):
@@ -100,8 +161,14 @@ def test_an_interrupted_run_goes_on_even_with_another_batch_size(trained, tmp_pa
     try:
         with pytest.raises(KeyboardInterrupt):
             draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 2, "--out", tmp_path / "torn")
-        assert sorted(p.name for p in (tmp_path / "torn" / "parts").iterdir()) == ["0-2.npz", "2-4.npz"]
-        join_parts, sample.join_parts = sample.join_parts, None  # interrupted again, between the last image and the last file
+        assert sorted(p.name for p in (tmp_path / "torn" / "parts").iterdir()) == [
+            "0-2.npz",
+            "2-4.npz",
+        ]
+        join_parts, sample.join_parts = (
+            sample.join_parts,
+            None,
+        )  # interrupted again, between the last image and the last file
         with pytest.raises(TypeError):
             draw("--ckpt", trained["flow"], *FLAGS, "--batch-size", 5, "--out", tmp_path / "torn")
         sample.join_parts = join_parts
@@ -131,27 +198,63 @@ def test_official_checkpoint(tmp_path):
 
     model = tiny(hidden_size=128, depth=6, num_heads=4)
     torch.save({"ema": model.state_dict()}, tmp_path / "repa.pt")
-    draw("--ckpt", tmp_path / "repa.pt", "--official", "repa", "--model", "SiT-Ti/2", "--num", 3, "--steps", 4, "--out", tmp_path / "out")
+    draw(
+        "--ckpt",
+        tmp_path / "repa.pt",
+        "--official",
+        "repa",
+        "--model",
+        "SiT-Ti/2",
+        "--num",
+        3,
+        "--steps",
+        4,
+        "--out",
+        tmp_path / "out",
+    )
     noise = ImageNoise(0, range(3), (3, 8, 8))
     x, y = noise(), noise.choice(range(10))
-    assert_same_images(images(tmp_path / "out"), (to_uint8(sample_ode(model, Flow(), x, y, 4)).numpy(), y.numpy()))
+    assert_same_images(
+        images(tmp_path / "out"), (to_uint8(sample_ode(model, Flow(), x, y, 4)).numpy(), y.numpy())
+    )
 
 
 def test_official_latents_need_a_vae_or_are_stored(tmp_path, capfd):
     model = tiny(hidden_size=128, depth=6, num_heads=4, in_channels=4, learn_sigma=True)
     torch.save(model.state_dict(), tmp_path / "dit.pt")
-    flags = ["--ckpt", tmp_path / "dit.pt", "--official", "dit", "--model", "DiT-Ti/2", "--num", 2, "--steps", 3, "--solver", "sde"]
+    flags = [
+        "--ckpt",
+        tmp_path / "dit.pt",
+        "--official",
+        "dit",
+        "--model",
+        "DiT-Ti/2",
+        "--num",
+        2,
+        "--steps",
+        3,
+        "--solver",
+        "sde",
+    ]
     flags += ["--guidance", 1.5, "--guidance-channels", 3, "--out"]
     assert "give --vae" in one_line(capfd, *flags, tmp_path / "out")
     draw(*flags, tmp_path / "out", "--latents")
     latents, _ = images(tmp_path / "out")
-    assert latents.shape == (2, 4, 8, 8) and latents.dtype == np.float32 and np.isfinite(latents).all()
+    assert (
+        latents.shape == (2, 4, 8, 8) and latents.dtype == np.float32 and np.isfinite(latents).all()
+    )
     torch.manual_seed(0)
-    torch.save(AutoencoderKL(channels=(32, 32, 32, 32), layers=1).state_dict(), tmp_path / "vae.bin")
+    torch.save(
+        AutoencoderKL(channels=(32, 32, 32, 32), layers=1).state_dict(), tmp_path / "vae.bin"
+    )
     draw(*flags, tmp_path / "decoded", "--vae", tmp_path / "vae.bin")
-    decoded = to_uint8(load_vae(tmp_path / "vae.bin")[0].decode(torch.from_numpy(latents) / VAE_SCALE)).numpy()
+    decoded = to_uint8(
+        load_vae(tmp_path / "vae.bin")[0].decode(torch.from_numpy(latents) / VAE_SCALE)
+    ).numpy()
     assert np.abs(decoded.astype(int) - images(tmp_path / "decoded")[0]).max() <= 1
-    assert "holds samples of another run" in one_line(capfd, *flags, tmp_path / "decoded", "--latents")
+    assert "holds samples of another run" in one_line(
+        capfd, *flags, tmp_path / "decoded", "--latents"
+    )
 
 
 def one_line(capfd, *flags):
@@ -159,7 +262,9 @@ def one_line(capfd, *flags):
     with pytest.raises(SystemExit) as stop:
         draw(*flags)
     err = capfd.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("sample.py: error: "), err
+    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("sample.py: error: "), (
+        err
+    )
     return err
 
 
@@ -171,7 +276,10 @@ def test_refusals(trained, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     cases = [
         ([*good, "--guidance", "0.9"], "guidance 0.9 is below 1"),
-        ([*good, "--guidance", "2", "--guidance-interval", "0.7", "0.1"], "interval 0.7 .. 0.1 is empty"),
+        (
+            [*good, "--guidance", "2", "--guidance-interval", "0.7", "0.1"],
+            "interval 0.7 .. 0.1 is empty",
+        ),
         ([*good, "--guidance", "2", "--guidance-channels", "4"], "the model generates 3 channels"),
         ([*good, "--guidance", "2", "--guidance-channels", "-1"], "must be at least 1"),
         ([*good, "--png", "--latents"], "leave out --png"),
@@ -188,7 +296,10 @@ def test_refusals(trained, tmp_path, capfd):
         (["--ckpt", tmp_path / "text.pt"], "cannot be read"),
         (["--ckpt", tmp_path / "other.pt"], "is not a checkpoint of the training scripts"),
         (["--ckpt", tmp_path / "other.pt", "--official", "dit"], "--official needs --model"),
-        (["--ckpt", tmp_path / "other.pt", "--official", "dit", "--model", "DiT-B/2"], "not a DiT or SiT checkpoint"),
+        (
+            ["--ckpt", tmp_path / "other.pt", "--official", "dit", "--model", "DiT-B/2"],
+            "not a DiT or SiT checkpoint",
+        ),
         (["--ckpt", trained["ddpm"], "--steps", "1001"], "DDPM has 1 to 1000"),
         (["--guidance", "2"], "the following arguments are required: --ckpt"),
     ]
@@ -216,5 +327,14 @@ def test_samples_of_a_retrained_network_are_not_taken_for_the_old_ones(tmp_path,
 
 
 def test_guidance_below_one_from_the_real_command_line(trained, tmp_path):
-    result = run(ROOT / "sample.py", "--ckpt", trained["flow"], "--guidance", "0.5", "--out", tmp_path / "out", code=2)
+    result = run(
+        ROOT / "sample.py",
+        "--ckpt",
+        trained["flow"],
+        "--guidance",
+        "0.5",
+        "--out",
+        tmp_path / "out",
+        code=2,
+    )
     assert result.stderr.count("\n") == 1 and "below 1" in result.stderr

@@ -19,17 +19,27 @@ LARGEST_DIFFERENCE = 420  # lines that two scripts may differ by, docstrings and
 
 def scaffold(text):
     """The script without docstring, method block, and the one line that names the method class."""
-    assert len(re.findall(r"^# --- method", text, flags=re.M)) == len(re.findall(r"^# --- end method", text, flags=re.M)) == 1
+    assert (
+        len(re.findall(r"^# --- method", text, flags=re.M))
+        == len(re.findall(r"^# --- end method", text, flags=re.M))
+        == 1
+    )
     text = re.sub(r'\A""".*?"""\n', "", text, flags=re.S)
     text = re.sub(r"^# --- method.*?^# --- end method[^\n]*\n", "", text, flags=re.S | re.M)
-    return re.sub(r"^    main\(\w+, parse_args\(\)\)$", "    main(METHOD, parse_args())", text, flags=re.M)
+    return re.sub(
+        r"^    main\(\w+, parse_args\(\)\)$", "    main(METHOD, parse_args())", text, flags=re.M
+    )
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
 def test_every_script_has_the_same_anatomy(path):
     text = path.read_text()
     rest = scaffold(text)
-    assert text.startswith('"""') and "def method_arguments(parser):" in text and "\nDEFAULTS = " in text
+    assert (
+        text.startswith('"""')
+        and "def method_arguments(parser):" in text
+        and "\nDEFAULTS = " in text
+    )
     assert rest.rstrip().endswith("main(METHOD, parse_args())")
     for word in ("def parse_args(", "def main(method_cls, args):", "class Images("):
         assert word in rest, "the scaffold must stand outside the method block"
@@ -39,10 +49,14 @@ def test_every_script_has_the_same_anatomy(path):
 
 def test_scaffold_is_identical():
     for a, b in combinations(SCRIPTS, 2):
-        lines = difflib.unified_diff(a.read_text().splitlines(), b.read_text().splitlines(), n=0, lineterm="")
+        lines = difflib.unified_diff(
+            a.read_text().splitlines(), b.read_text().splitlines(), n=0, lineterm=""
+        )
         difference = [line for line in lines if line[0] in "+-"]
         print(f"{a.name} ~ {b.name}: {len(difference)} differing lines")
-        assert scaffold(a.read_text()) == scaffold(b.read_text()), f"{a.name} and {b.name} differ outside their method blocks"
+        assert scaffold(a.read_text()) == scaffold(b.read_text()), (
+            f"{a.name} and {b.name} differ outside their method blocks"
+        )
         assert len(difference) <= LARGEST_DIFFERENCE
 
 

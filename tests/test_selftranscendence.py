@@ -16,7 +16,13 @@ from train_selftranscendence import LOGGED, SelfTranscendence, parse_args, windo
 
 def save_teacher(path, model, ema=None, diffusion="flow"):
     """A checkpoint as the scaffold writes it."""
-    content = {"model": model.state_dict(), "ema": (ema or model).state_dict(), "method": {}, "optimizer": {}, "step": 1}
+    content = {
+        "model": model.state_dict(),
+        "ema": (ema or model).state_dict(),
+        "method": {},
+        "optimizer": {},
+        "step": 1,
+    }
     content |= {"args": {"network": model.config, "diffusion": diffusion}, "log": torch.zeros(0)}
     path.parent.mkdir(exist_ok=True)
     torch.save(content, path)
@@ -32,7 +38,9 @@ def official(golden, tmp_path, which, salt=None):
     state["pos_embed"] = position_embedding(48, 4)
     torch.save({"model": state, "ema": state}, tmp_path / "official.pt")
     model, notes = load_official(tmp_path / "official.pt", "repa", golden.config["num_heads"])
-    assert any("projectors" in note for note in notes) and ("projectors_final" in str(notes)) == ("stage1" in which)
+    assert any("projectors" in note for note in notes) and ("projectors_final" in str(notes)) == (
+        "stage1" in which
+    )
     return state, model
 
 
@@ -42,11 +50,18 @@ def method_for(golden, tmp_path, stage, which, *flags):
     flags = ["--stage", str(stage), "--student-block", "2", "--head-width", "40", *flags]
     if stage == 2:
         teacher = official(golden, tmp_path, which, golden.config.get("teacher_salt"))[1]
-        flags += ["--teacher", save_teacher(tmp_path / "teacher.pt", teacher), "--teacher-block", "3"]
+        flags += [
+            "--teacher",
+            save_teacher(tmp_path / "teacher.pt", teacher),
+            "--teacher-block",
+            "3",
+        ]
     method = SelfTranscendence(parse_args(flags), model.config, Flow())
     method.model.load_state_dict(model.state_dict())
     names = {f"projectors.{k}.": f"{k}." for k in (0, 2, 4)} | {"projectors_final.linear.": "6."}
-    method.head.load_state_dict({n.replace(a, b): v for n, v in state.items() for a, b in names.items() if n.startswith(a)})
+    method.head.load_state_dict(
+        {n.replace(a, b): v for n, v in state.items() for a, b in names.items() if n.startswith(a)}
+    )
     return method
 
 
@@ -72,7 +87,10 @@ def test_stage2_network(eval_golden, tmp_path, form):
     with torch.no_grad():
         out, features = method.model(*inputs, features=(2,))
         g.check("output", out)
-        for name, tokens in (("projected", method.head(features[2])), ("raw", method.frozen.tokens_after(*inputs, 3))):
+        for name, tokens in (
+            ("projected", method.head(features[2])),
+            ("raw", method.frozen.tokens_after(*inputs, 3)),
+        ):
             g.check(f"{name}_features", tokens[:, ::3, ::5])
             g.check(f"{name}_norm", tokens.flatten(1).norm(dim=1))
     g.all_checked()
@@ -86,7 +104,12 @@ def test_losses(eval_golden, tmp_path, form):
     draws = {"t": i["t"], "noise": i["noise"], "drop": torch.ones(5)}
 
     def each(method, name):
-        one = [method(*(v[k : k + 1] for v in batch), **{n: v[k : k + 1] for n, v in draws.items()})[name] for k in range(5)]
+        one = [
+            method(*(v[k : k + 1] for v in batch), **{n: v[k : k + 1] for n, v in draws.items()})[
+                name
+            ]
+            for k in range(5)
+        ]
         return torch.stack(one).detach()
 
     for stage in (1, 2):
@@ -100,24 +123,47 @@ def test_losses(eval_golden, tmp_path, form):
         g.check(f"stage{stage}_aux_per_sample_masked", each(masked, "align"))
         inside = (each(masked, "align") == unmasked).float()
         assert inside.tolist() == [0, 1, 1, 1, 0]  # both ends of the range count
-        parts = [window_mean(v[None], m[None], torch.ones(1), "released", 0.3) for m in inside for v in unmasked]
+        parts = [
+            window_mean(v[None], m[None], torch.ones(1), "released", 0.3)
+            for m in inside
+            for v in unmasked
+        ]
         g.check(f"stage{stage}_aux_as_published", torch.stack(parts).view(5, 1, 1, 5))
         terms = released(*batch, **draws)
-        means = [terms["denoise"], always(*batch, **draws)["align"], terms["align"], masked(*batch, **draws)["align"]]
+        means = [
+            terms["denoise"],
+            always(*batch, **draws)["align"],
+            terms["align"],
+            masked(*batch, **draws)["align"],
+        ]
         g.check(f"stage{stage}_means", torch.stack(means).detach())
         torch.testing.assert_close(terms["loss"], terms["denoise"] + 0.5 * terms["align"])
         terms["loss"].backward()
         head, blocks = released.head, released.model.blocks
         weights = [head[0], blocks[0].attn.qkv, head[6 if stage == 1 else 4], blocks[-1].mlp.fc1]
-        g.check(f"stage{stage}_grad_norms", torch.stack([layer.weight.grad.norm() for layer in weights]), rtol=1e-3)
-    conditional = method_for(g, tmp_path, 2, which, "--t-range", "0", "1", "--feature-guidance", "1")
+        g.check(
+            f"stage{stage}_grad_norms",
+            torch.stack([layer.weight.grad.norm() for layer in weights]),
+            rtol=1e-3,
+        )
+    conditional = method_for(
+        g, tmp_path, 2, which, "--t-range", "0", "1", "--feature-guidance", "1"
+    )
     g.check("stage2_aux_unmasked_cfg1", each(conditional, "align"))
     g.all_checked()
 
 
 # The method's own rules
 
-NETWORK = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 6, "num_heads": 2, "num_classes": 10}
+NETWORK = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "depth": 6,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 TEACHER = 4  # the teacher's default block at depth 6
 
 
@@ -136,10 +182,17 @@ def small(tmp_path):
         flags = ["--stage", str(stage), *flags]
         args = parse_args(flags)
         if stage == 2 and args.teacher is None and args.align_weight > 0:
-            args.teacher = save_teacher(tmp_path / "teacher.pt", network("weights"), network("average"), args.diffusion)
+            args.teacher = save_teacher(
+                tmp_path / "teacher.pt", network("weights"), network("average"), args.diffusion
+            )
         diffusion = make_diffusion(args.diffusion)
         torch.manual_seed(0)
-        config = {**NETWORK, "qk_norm": args.qk_norm, "learn_sigma": diffusion.learned_variance, **changes}
+        config = {
+            **NETWORK,
+            "qk_norm": args.qk_norm,
+            "learn_sigma": diffusion.learned_variance,
+            **changes,
+        }
         method = SelfTranscendence(args, config, diffusion)
         for name, parameter in method.model.named_parameters():
             parameter.data.copy_(recipe_tensor("student", name, tuple(parameter.shape)))
@@ -169,7 +222,9 @@ def watch(method):
 
     method.frozen.tokens_after = teacher
     method.head.register_forward_hook(lambda module, inputs, output: seen.update(projected=output))
-    method.model.register_forward_hook(lambda module, inputs, output: seen.update(x_t=inputs[0], y_student=inputs[2]))
+    method.model.register_forward_hook(
+        lambda module, inputs, output: seen.update(x_t=inputs[0], y_student=inputs[2])
+    )
     return seen
 
 
@@ -183,7 +238,9 @@ def test_the_term_reaches_the_head_and_the_blocks_up_to_it(small, stage, block):
     method, (images, draws) = small(stage, "--student-block", str(block)), batch()
     method(*images, **draws)["align"].backward()
     for name, grad in gradients(method).items():
-        reached = not name.startswith("model.final_layer") and not (name.startswith("model.blocks") and int(name.split(".")[2]) >= block)
+        reached = not name.startswith("model.final_layer") and not (
+            name.startswith("model.blocks") and int(name.split(".")[2]) >= block
+        )
         assert (grad is not None and grad.abs().sum() > 0) if reached else grad is None, name
     method.zero_grad()
     method(*images, **draws)["loss"].backward()
@@ -191,7 +248,9 @@ def test_the_term_reaches_the_head_and_the_blocks_up_to_it(small, stage, block):
     plain = small(stage, "--align-weight", "0")
     plain(*images, **draws)["loss"].backward()
     for name, grad in gradients(plain).items():
-        later = name.startswith("model.final_layer") or (name.startswith("model.blocks") and int(name.split(".")[2]) >= block)
+        later = name.startswith("model.final_layer") or (
+            name.startswith("model.blocks") and int(name.split(".")[2]) >= block
+        )
         assert torch.equal(grad, whole[name]) == later, name
 
 
@@ -243,7 +302,10 @@ def test_velocity_and_x0_target_are_one_error_in_two_units(small, kind):
     for k, t in enumerate(TIMES.tolist()):
         one = [v[k : k + 1] for v in images], {n: v[k : k + 1] for n, v in draws.items()}
         flags = ("--diffusion", kind, "--t-range", "0", "1")
-        velocity, x0 = (small(1, *flags, "--stage1-target", target)(*one[0], **one[1])["align"] for target in ("velocity", "x0"))
+        velocity, x0 = (
+            small(1, *flags, "--stage1-target", target)(*one[0], **one[1])["align"]
+            for target in ("velocity", "x0")
+        )
         factor = t**2 if kind == "flow" else (math.sin(math.pi / 2 * t) * 2 / math.pi) ** 2
         torch.testing.assert_close(x0, velocity * factor, rtol=1e-4, atol=1e-6)
 
@@ -262,12 +324,27 @@ def test_t_modes(small, stage):
         return value.detach(), x0.grad.flatten(1).abs().sum(1), grads
 
     always = small(stage, "--t-range", "0", "1")
-    one = [always(*(v[k : k + 1] for v in images), **{n: v[k : k + 1] for n, v in draws.items()})["align"] for k in range(5)]
+    one = [
+        always(*(v[k : k + 1] for v in images), **{n: v[k : k + 1] for n, v in draws.items()})[
+            "align"
+        ]
+        for k in range(5)
+    ]
     each = torch.stack(one).detach()
     everywhere = align("masked", t_range=("0", "1"))
     torch.testing.assert_close(everywhere[0], each.mean())
-    expected = {"masked": (each * INSIDE).mean(), "selected": each[1:4].mean(), "all": 0.3 * each.mean(), "released": 0.6 * each.mean()}
-    weights = {"masked": INSIDE, "selected": INSIDE / 0.6, "all": torch.full((5,), 0.3), "released": torch.full((5,), 0.6)}
+    expected = {
+        "masked": (each * INSIDE).mean(),
+        "selected": each[1:4].mean(),
+        "all": 0.3 * each.mean(),
+        "released": 0.6 * each.mean(),
+    }
+    weights = {
+        "masked": INSIDE,
+        "selected": INSIDE / 0.6,
+        "all": torch.full((5,), 0.3),
+        "released": torch.full((5,), 0.6),
+    }
     for mode, value in expected.items():
         ours, reach, _ = align(mode)
         torch.testing.assert_close(ours, value)
@@ -280,7 +357,11 @@ def test_t_modes(small, stage):
 
 
 def test_window_mean_with_skipped_images():
-    values, inside, counted = torch.tensor([1.0, 2, 4, 8]), torch.tensor([1.0, 1, 0, 0]), torch.tensor([1.0, 0, 1, 1])
+    values, inside, counted = (
+        torch.tensor([1.0, 2, 4, 8]),
+        torch.tensor([1.0, 1, 0, 0]),
+        torch.tensor([1.0, 0, 1, 1]),
+    )
     expected = {"masked": 1 / 4, "selected": 1.0, "all": 0.3 * 13 / 4, "released": 0.5 * 13 / 4}
     for mode, value in expected.items():
         assert math.isclose(window_mean(values, inside, counted, mode, 0.3), value, rel_tol=1e-6)
@@ -291,11 +372,20 @@ def test_teacher_is_frozen_and_holds_nothing_unused(small, tmp_path):
     method = small(2)
     state, stored = method.frozen.state_dict(), network("weights").state_dict()
     unused = {n for n in stored if n.startswith(("blocks.4.", "blocks.5.", "final_layer."))}
-    assert set(state) == set(stored) - unused and all(torch.equal(v, stored[n]) for n, v in state.items())
-    assert not method.frozen.training and not any(p.requires_grad for p in method.frozen.parameters())
-    assert {n for n in method.state_dict() if n.startswith("frozen.")} == {f"frozen.{n}" for n in state}
+    assert set(state) == set(stored) - unused and all(
+        torch.equal(v, stored[n]) for n, v in state.items()
+    )
+    assert not method.frozen.training and not any(
+        p.requires_grad for p in method.frozen.parameters()
+    )
+    assert {n for n in method.state_dict() if n.startswith("frozen.")} == {
+        f"frozen.{n}" for n in state
+    }
     averaged = small(2, "--teacher-weights", "ema").frozen.state_dict()
-    assert torch.equal(averaged["blocks.0.mlp.fc1.weight"], network("average").state_dict()["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(
+        averaged["blocks.0.mlp.fc1.weight"],
+        network("average").state_dict()["blocks.0.mlp.fc1.weight"],
+    )
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     images, draws = batch()
     before = {n: p.clone() for n, p in method.named_parameters()}
@@ -311,9 +401,13 @@ def test_teacher_is_frozen_and_holds_nothing_unused(small, tmp_path):
 
 
 def test_student_starts_from_a_fresh_initialisation(tmp_path):
-    args = parse_args(["--stage", "2", "--teacher", save_teacher(tmp_path / "teacher.pt", network("weights"))])
+    args = parse_args(
+        ["--stage", "2", "--teacher", save_teacher(tmp_path / "teacher.pt", network("weights"))]
+    )
     torch.manual_seed(5)
-    student = SelfTranscendence(args, {**NETWORK, "qk_norm": True, "learn_sigma": False}, Flow()).model
+    student = SelfTranscendence(
+        args, {**NETWORK, "qk_norm": True, "learn_sigma": False}, Flow()
+    ).model
     torch.manual_seed(5)
     fresh = DiT(**NETWORK, qk_norm=True)
     assert all(torch.equal(v, fresh.state_dict()[n]) for n, v in student.state_dict().items())
@@ -344,20 +438,31 @@ def test_teacher_sees_the_same_noise_true_labels_and_the_null_label(small, mode)
     expected = error.sum() / 5 if mode == "masked" else 0.3 * error.mean()
     torch.testing.assert_close(terms["align"], expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(terms["guidance_gap"], (f_c - f_u).norm() / f_u.norm())
-    torch.testing.assert_close(terms["guided_norm"], (f_u + 30 * (f_c - f_u)).norm() / f_u.norm(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        terms["guided_norm"], (f_u + 30 * (f_c - f_u)).norm() / f_u.norm(), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale,half", [("1", 0), ("0", 1)])
-def test_guidance_one_and_zero_are_exactly_the_conditional_and_the_null_features(small, scale, half):
+def test_guidance_one_and_zero_are_exactly_the_conditional_and_the_null_features(
+    small, scale, half
+):
     method, (images, draws) = small(2, "--feature-guidance", scale, "--t-range", "0", "1"), batch()
-    tokens_after, apart = method.frozen.tokens_after, torch.tensor([1.0] * 5 + [1e4] * 5)[:, None, None]
-    method.frozen.tokens_after = lambda *inputs: tokens_after(*inputs) * apart  # f_u + (f_c - f_u) would lose digits of f_c
+    tokens_after, apart = (
+        method.frozen.tokens_after,
+        torch.tensor([1.0] * 5 + [1e4] * 5)[:, None, None],
+    )
+    method.frozen.tokens_after = lambda *inputs: (
+        tokens_after(*inputs) * apart
+    )  # f_u + (f_c - f_u) would lose digits of f_c
     seen = watch(method)
     terms = method(*images, **draws)
     error = (seen["projected"] - seen["tokens"].chunk(2)[half]).square().flatten(1).mean(1)
     assert torch.equal(terms["align"], error.mean())
     with torch.no_grad():  # swap test: not the other half
-        alone = network("weights").tokens_after(seen["x_t"], TIMES, images[1] if half == 0 else torch.full((5,), 10), TEACHER)
+        alone = network("weights").tokens_after(
+            seen["x_t"], TIMES, images[1] if half == 0 else torch.full((5,), 10), TEACHER
+        )
     expected = (seen["projected"] - alone * apart[5 * half]).square().mean()
     torch.testing.assert_close(terms["align"], expected, rtol=1e-5, atol=0)
 
@@ -372,7 +477,9 @@ def test_target_of_students_without_label(small):
         seen = watch(method)
         terms = method(*images, **draws)
         assert seen["y_student"].tolist() == [10, 3, 10, 1, 4]
-        assert seen["y"][:5].tolist() == ([10, 3, 10, 1, 4] if policy == "unconditional" else [0, 3, 9, 1, 4])
+        assert seen["y"][:5].tolist() == (
+            [10, 3, 10, 1, 4] if policy == "unconditional" else [0, 3, 9, 1, 4]
+        )
         f_c, f_u = seen["tokens"].chunk(2)
         f_g = f_u + 30 * (f_c - f_u)
         if policy == "unconditional":
@@ -394,7 +501,9 @@ def test_logged_splits(small, mode):
     f_c, f_u = seen["tokens"].chunk(2)
     rows = [1, 2, 3] if mode == "masked" else [0, 1, 2, 3, 4]
     error = torch.zeros(5)
-    error[rows] = (seen["projected"] - torch.lerp(f_u, f_c, 30.0)).square().flatten(1).mean(1).detach()
+    error[rows] = (
+        (seen["projected"] - torch.lerp(f_u, f_c, 30.0)).square().flatten(1).mean(1).detach()
+    )
     share = 0.3 if mode == "masked" else 1.0
     groups = {
         "align_in": ([1, 2, 3], 0.3),
@@ -402,10 +511,14 @@ def test_logged_splits(small, mode):
         "align_dropped": ([2, 4], 0.1 * share),
     }
     for name, (chosen, expected) in groups.items():
-        torch.testing.assert_close(terms[name], error[chosen].sum() / (5 * expected), rtol=1e-4, atol=0)
+        torch.testing.assert_close(
+            terms[name], error[chosen].sum() / (5 * expected), rtol=1e-4, atol=0
+        )
     assert set(terms) == {"loss", "denoise", *LOGGED}
     outside = method(*images, **{**draws, "t": torch.full((5,), 0.1)})
-    assert (outside["align"] == 0) == (mode == "masked") and all(torch.isfinite(v) for v in outside.values())
+    assert (outside["align"] == 0) == (mode == "masked") and all(
+        torch.isfinite(v) for v in outside.values()
+    )
     assert torch.isfinite(small(2, "--label-drop", "0")(*images, **draws)["align_dropped"])
 
 
@@ -440,7 +553,10 @@ def test_stop_step(small):
     assert seen["calls"] == 2
     method.after_step(3, 10)
     assert method.frozen is not None
-    for freed in (False, True):  # a run resumed after the stop still has the teacher in its first step
+    for freed in (
+        False,
+        True,
+    ):  # a run resumed after the stop still has the teacher in its first step
         method.step = 5
         method.zero_grad()
         terms = method(*images, **draws)
@@ -466,7 +582,19 @@ def test_stop_step(small):
         (2, ["--t-mode", "masked"]),
         (2, ["--t-mode", "selected", "--drop-target", "skip", "--feature-guidance", "1"]),
         (2, ["--t-mode", "all", "--diffusion", "gvp", "--drop-target", "unconditional"]),
-        (2, ["--t-mode", "released", "--teacher-weights", "ema", "--teacher-precision", "bf16", "--feature-guidance", "0"]),
+        (
+            2,
+            [
+                "--t-mode",
+                "released",
+                "--teacher-weights",
+                "ema",
+                "--teacher-precision",
+                "bf16",
+                "--feature-guidance",
+                "0",
+            ],
+        ),
         (2, ["--stop-step", "0"]),
     ],
 )
@@ -499,16 +627,27 @@ def test_teacher_precision(small):
             stage1 = small(1)(*images, **draws)
         assert torch.equal(seen["tokens"], reference["tokens"]) == same
         guided = [torch.lerp(*s["tokens"].chunk(2)[::-1], 30.0) for s in (seen, reference)]
-        assert (guided[0] - guided[1]).norm() < 0.05 * guided[1].norm()  # 0.02 here, 0.01 on a trained network
+        assert (guided[0] - guided[1]).norm() < 0.05 * guided[
+            1
+        ].norm()  # 0.02 here, 0.01 on a trained network
         assert all(v.dtype == torch.float32 for v in (*terms.values(), *stage1.values()))
 
 
 def test_defaults_by_size(tmp_path):
     """Blocks, stop and width of the docstring: B 6 -> 8, L 12 -> 16, XL 14 -> 18."""
-    for depth, blocks, stop in ((6, (3, 4), 100_000), (12, (6, 8), 100_000), (24, (12, 16), 50_000), (28, (14, 18), 50_000)):
+    for depth, blocks, stop in (
+        (6, (3, 4), 100_000),
+        (12, (6, 8), 100_000),
+        (24, (12, 16), 50_000),
+        (28, (14, 18), 50_000),
+    ):
         config = {**NETWORK, "hidden_size": 8, "depth": depth, "qk_norm": True}
         teacher = save_teacher(tmp_path / f"{depth}.pt", DiT(**config))
-        method = SelfTranscendence(parse_args(["--stage", "2", "--teacher", teacher]), {**config, "learn_sigma": False}, Flow())
+        method = SelfTranscendence(
+            parse_args(["--stage", "2", "--teacher", teacher]),
+            {**config, "learn_sigma": False},
+            Flow(),
+        )
         assert (method.student_block, method.teacher_block) == blocks and method.stop_step == stop
     for dim, width in ((128, 256), (384, 768), (768, 2048), (1152, 2048)):
         with torch.device("meta"):
@@ -516,7 +655,13 @@ def test_defaults_by_size(tmp_path):
             method = SelfTranscendence(parse_args([]), config, Flow())
         assert method.student_block == 2 and method.head[2].weight.shape == (width, width)
     args = parse_args([])
-    assert args.qk_norm and not args.flip and not args.ema_warmup and args.t_mode == "masked" and args.feature_guidance == 30
+    assert (
+        args.qk_norm
+        and not args.flip
+        and not args.ema_warmup
+        and args.t_mode == "masked"
+        and args.feature_guidance == 30
+    )
 
 
 def test_newest_checkpoint_of_a_run_folder(small, tmp_path):
@@ -527,7 +672,9 @@ def test_newest_checkpoint_of_a_run_folder(small, tmp_path):
     args = parse_args(["--stage", "2", "--teacher", str(tmp_path / "run")])
     method = SelfTranscendence(args, {**NETWORK, "qk_norm": True, "learn_sigma": False}, Flow())
     assert args.teacher == str(tmp_path / "run" / "checkpoints" / "0000010.pt")
-    assert torch.equal(method.frozen.blocks[0].mlp.fc1.weight, network("0000010.pt").blocks[0].mlp.fc1.weight)
+    assert torch.equal(
+        method.frozen.blocks[0].mlp.fc1.weight, network("0000010.pt").blocks[0].mlp.fc1.weight
+    )
 
 
 def test_unfit_teachers_are_refused(small, tmp_path):
@@ -545,11 +692,15 @@ def test_unfit_teachers_are_refused(small, tmp_path):
     refused("cannot be read", tmp_path / "text.pt")
     torch.save({"ema": {}}, tmp_path / "other.pt")
     refused("not a checkpoint of the training scripts", tmp_path / "other.pt")
-    damaged = bytearray(Path(save_teacher(tmp_path / "damaged.pt", network("weights"))).read_bytes())
+    damaged = bytearray(
+        Path(save_teacher(tmp_path / "damaged.pt", network("weights"))).read_bytes()
+    )
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "damaged.pt").write_bytes(damaged)
     refused("wrong checksum", tmp_path / "damaged.pt")
-    without = torch.load(save_teacher(tmp_path / "without.pt", network("weights")), weights_only=True)
+    without = torch.load(
+        save_teacher(tmp_path / "without.pt", network("weights")), weights_only=True
+    )
     without["args"]["label_drop"] = 0
     torch.save(without, tmp_path / "without.pt")
     refused("no unconditional features", tmp_path / "without.pt")
@@ -561,7 +712,10 @@ def test_unfit_teachers_are_refused(small, tmp_path):
     refused(r"hidden_size 32 \(here 16\)", hidden_size=16)
     refused(r"depth 6 \(here 8\)", depth=8)
     refused(r"num_classes 10 \(here 4\)", num_classes=4)
-    refused(r"diffusion gvp \(here flow\)", save_teacher(tmp_path / "gvp.pt", network("weights"), diffusion="gvp"))
+    refused(
+        r"diffusion gvp \(here flow\)",
+        save_teacher(tmp_path / "gvp.pt", network("weights"), diffusion="gvp"),
+    )
     masked = network("weights", cls=MaskedDiT, decoder=(1, 16, 2))
     refused(r"decoder \[1, 16, 2\] \(here None\)", save_teacher(tmp_path / "masked.pt", masked))
 

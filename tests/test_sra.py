@@ -13,16 +13,35 @@ from train_sra import DISTANCES, SRA, alignment_blocks, alignment_weight, parse_
 def method_for(golden, diffusion, *flags):
     """SRA with the golden's student, teacher and head weights."""
     config = golden.config
-    names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
+    names = (
+        "input_size",
+        "patch_size",
+        "in_channels",
+        "hidden_size",
+        "depth",
+        "num_heads",
+        "num_classes",
+    )
     network = {k: config[k] for k in names} | {"learn_sigma": diffusion.learned_variance}
-    blocks = ["--student-block", str(config["block_out_s"]), "--teacher-block", str(config["block_out_t"])]
+    blocks = [
+        "--student-block",
+        str(config["block_out_s"]),
+        "--teacher-block",
+        str(config["block_out_t"]),
+    ]
     method = SRA(parse_args([*blocks, *flags]), network, diffusion)
     for network, salt in ((method.model, "salt"), (method.ema, "teacher_salt")):
         state = official_state(golden, salt)
         network.load_state_dict({k: v for k, v in state.items() if not k.startswith("ap_head.")})
     state = golden.weights()
     renamed = {"0": "linear1", "2": "linear2"}
-    method.head.load_state_dict({f"{a}.{p}": state[f"ap_head.{b}.{p}"] for a, b in renamed.items() for p in ("weight", "bias")})
+    method.head.load_state_dict(
+        {
+            f"{a}.{p}": state[f"ap_head.{b}.{p}"]
+            for a, b in renamed.items()
+            for p in ("weight", "bias")
+        }
+    )
     return method.train()
 
 
@@ -37,7 +56,9 @@ def watch(method):
 
     method.ema.tokens_after = teacher
     method.head.register_forward_hook(lambda module, inputs, output: seen.update(projected=output))
-    method.model.register_forward_hook(lambda module, inputs, output: seen.update(x_t=inputs[0], out=output[0]))
+    method.model.register_forward_hook(
+        lambda module, inputs, output: seen.update(x_t=inputs[0], out=output[0])
+    )
     return seen
 
 
@@ -47,7 +68,9 @@ def test_without_head_features_meet_features(golden):
     method = SRA(parse_args(["--head", "none"]), method_for(g, flow).model.config, flow)
     seen = watch(method)
     terms = method(i["x0"], i["y"], t=i["t"], noise=i["noise"], u=i["u"], drop=i["drop_u"])
-    features = method.model(seen["x_t"], i["t"], seen["y"], features=(method.student_block,))[1][method.student_block]
+    features = method.model(seen["x_t"], i["t"], seen["y"], features=(method.student_block,))[1][
+        method.student_block
+    ]
     assert not list(method.head.parameters()) and set(terms) == {"loss", "denoise", "align"}
     assert torch.equal(terms["align"], DISTANCES["smooth-l1"](features, seen["tokens"]))
 
@@ -62,11 +85,19 @@ def test_sra_loss(golden):
     g.check("align_sml1", terms["align"].detach())
     assert torch.isclose(terms["denoise"], g.outputs["denoising_loss"].mean(), rtol=1e-4)
     assert torch.isclose(terms["loss"], terms["denoise"] + 0.2 * terms["align"])
-    for name, key in (("x_t", "x_t"), ("v_student", "out"), ("feat_student", "projected"), ("feat_teacher", "tokens")):
+    for name, key in (
+        ("x_t", "x_t"),
+        ("v_student", "out"),
+        ("feat_student", "projected"),
+        ("feat_teacher", "tokens"),
+    ):
         g.check(name, seen[key].detach())
     for name, key in (("t_teacher", "t"), ("x_teacher", "x"), ("teacher_labels", "y")):
         g.check(name, seen[key])
-    g.check("align_cos_full", 1 - torch.cosine_similarity(seen["projected"], seen["tokens"], dim=1).detach())
+    g.check(
+        "align_cos_full",
+        1 - torch.cosine_similarity(seen["projected"], seen["tokens"], dim=1).detach(),
+    )
     drop = {**draws, "drop": i["drop_u"]}
     g.check("align_sml1_drop", method(i["x0"], i["y"], **drop)["align"].detach())
     g.check("teacher_labels_drop", seen["y"])
@@ -75,8 +106,18 @@ def test_sra_loss(golden):
     g.check("align_cos", cosine(i["x0"], i["y"], **draws)["align"].detach())
     g.check("align_cos_drop", cosine(i["x0"], i["y"], **drop)["align"].detach())
 
-    for name, chosen in (("denoising_loss", draws), ("denoising_loss_drop", drop)):  # one image at a time gives the per-image values
-        each = [method(i["x0"][k : k + 1], i["y"][k : k + 1], **{n: v[k : k + 1] for n, v in chosen.items()})["denoise"] for k in range(4)]
+    for name, chosen in (
+        ("denoising_loss", draws),
+        ("denoising_loss_drop", drop),
+    ):  # one image at a time gives the per-image values
+        each = [
+            method(
+                i["x0"][k : k + 1],
+                i["y"][k : k + 1],
+                **{n: v[k : k + 1] for n, v in chosen.items()},
+            )["denoise"]
+            for k in range(4)
+        ]
         g.check(name, torch.stack(each).detach())
     g.all_checked()
 
@@ -91,9 +132,19 @@ def test_sra_dit_loss(golden):
     terms = method(i["x0"], i["y"], **draws)
     g.check("align_loss", terms["align"].detach())
     assert torch.isclose(terms["loss"], terms["denoise"] + 0.04 * terms["align"])
-    for name, key in (("x_t", "x_t"), ("model_output", "out"), ("t_teacher", "t"), ("x_teacher", "x")):
+    for name, key in (
+        ("x_t", "x_t"),
+        ("model_output", "out"),
+        ("t_teacher", "t"),
+        ("x_teacher", "x"),
+    ):
         g.check(name, seen[key].detach())
-    each = [method(i["x0"][k : k + 1], i["y"][k : k + 1], **{n: v[k : k + 1] for n, v in draws.items()})["denoise"] for k in range(5)]
+    each = [
+        method(
+            i["x0"][k : k + 1], i["y"][k : k + 1], **{n: v[k : k + 1] for n, v in draws.items()}
+        )["denoise"]
+        for k in range(5)
+    ]
     g.check("loss", torch.stack(each).detach())
     out = g.outputs["model_output"]
     vb = ddpm.variational_bound(out, i["x0"], i["noise"], i["t"]).flatten(1).mean(1)
@@ -105,12 +156,27 @@ def test_sra_dit_loss(golden):
 def test_sra_distance(golden):
     g = golden("sra_distance")
     a, b = g.inputs["a"], g.inputs["b"]
-    names = {"sml1": "smooth-l1", "l1": "l1", "l2": "l2", "cos_token_mean": "cosine-token", "cos_channel_mean": "cosine-channel"}
+    names = {
+        "sml1": "smooth-l1",
+        "l1": "l1",
+        "l2": "l2",
+        "cos_token_mean": "cosine-token",
+        "cos_channel_mean": "cosine-channel",
+    }
     for name, ours in names.items():
         g.check(name, DISTANCES[ours](a, b))
     # Every single cosine: along the tokens of one channel (official), along the channels of one token.
-    channel = [[DISTANCES["cosine-token"](a[k, None, :, d, None], b[k, None, :, d, None]) for d in range(24)] for k in range(3)]
-    token = [[DISTANCES["cosine-channel"](a[k, None, n, None], b[k, None, n, None]) for n in range(16)] for k in range(3)]
+    channel = [
+        [
+            DISTANCES["cosine-token"](a[k, None, :, d, None], b[k, None, :, d, None])
+            for d in range(24)
+        ]
+        for k in range(3)
+    ]
+    token = [
+        [DISTANCES["cosine-channel"](a[k, None, n, None], b[k, None, n, None]) for n in range(16)]
+        for k in range(3)
+    ]
     g.check("cos_token", torch.tensor(channel))
     g.check("cos_channel", torch.tensor(token))
     g.all_checked()
@@ -129,7 +195,10 @@ def test_sra_weight(golden):
         ("dit256", 0.04, late),
         ("dit512", 0.04, early),
     ):
-        g.check(name, torch.tensor([alignment_weight(e, weight, decay) for e in epochs], dtype=torch.float64))
+        g.check(
+            name,
+            torch.tensor([alignment_weight(e, weight, decay) for e in epochs], dtype=torch.float64),
+        )
     g.all_checked()
 
 
@@ -168,7 +237,15 @@ def test_teacher_time():
     assert (earlier[steps > 0] <= steps[steps > 0]).all() and (earlier[steps == 0] == 1).all()
 
 
-NETWORK = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 6, "num_heads": 2, "num_classes": 10}
+NETWORK = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "depth": 6,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
 
 def small(*flags):
@@ -216,7 +293,12 @@ def test_weight_zero_is_the_plain_model(kind):
     terms = plain(x0, y, **draws)
     terms["loss"].backward()
     dropped = torch.tensor([0, 10, 9, 1])
-    direct = diffusion.loss(plain.model(*diffusion.net_inputs(diffusion.add_noise(x0, noise, t), t), dropped), x0, noise, t).mean()
+    direct = diffusion.loss(
+        plain.model(*diffusion.net_inputs(diffusion.add_noise(x0, noise, t), t), dropped),
+        x0,
+        noise,
+        t,
+    ).mean()
     assert torch.equal(terms["loss"], direct)
     if kind != "edm":
         full = small("--diffusion", kind)
@@ -226,7 +308,11 @@ def test_weight_zero_is_the_plain_model(kind):
 def test_edm_and_impossible_blocks_are_refused():
     with pytest.raises(ValueError, match="flow, gvp and ddpm"):
         small("--diffusion", "edm")
-    for flags in (("--student-block", "5", "--teacher-block", "4"), ("--teacher-block", "7"), ("--student-block", "0")):
+    for flags in (
+        ("--student-block", "5", "--teacher-block", "4"),
+        ("--teacher-block", "7"),
+        ("--student-block", "0"),
+    ):
         with pytest.raises(ValueError, match="1 <= student <= teacher <= 6"):
             small(*flags)
 

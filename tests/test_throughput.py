@@ -17,7 +17,13 @@ from test_training import log_lines
 
 from models import Attention, DiT, parse_model
 
-NETWORK = {"input_size": 32, "in_channels": 3, "num_classes": 10, **parse_model("DiT-Ti/4"), "learn_sigma": False}
+NETWORK = {
+    "input_size": 32,
+    "in_channels": 3,
+    "num_classes": 10,
+    **parse_model("DiT-Ti/4"),
+    "learn_sigma": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,10 @@ def test_operations_are_those_of_the_formula(name, args):
     second forward pass would show. Images in range are three in ten, as in the formula.
     """
     if name in benchmark.IN_RANGE:
-        everywhere, nowhere = counted(name, NETWORK, 8, args, more=["--t-mode", "all"]), counted(benchmark.IN_RANGE[name], NETWORK, 8, args)
+        everywhere, nowhere = (
+            counted(name, NETWORK, 8, args, more=["--t-mode", "all"]),
+            counted(benchmark.IN_RANGE[name], NETWORK, 8, args),
+        )
         flop = (0.3 * everywhere + 0.7 * nowhere)[0]
     else:
         flop = counted(name, NETWORK, 8, args)[0]
@@ -62,13 +71,18 @@ def test_counted_memory_is_that_of_real_tensors():
         with mode, Traffic() as traffic:
             model = DiT(**NETWORK)
             model.checkpointing = checkpointing
-            model(torch.randn(16, 3, 32, 32), torch.rand(16), torch.zeros(16, dtype=torch.int64)).square().mean().backward()
+            model(
+                torch.randn(16, 3, 32, 32), torch.rand(16), torch.zeros(16, dtype=torch.int64)
+            ).square().mean().backward()
         return traffic.peak
 
     (real, real_again), (empty, empty_again) = (
-        [peak(mode, checkpointing) for checkpointing in (False, True)] for mode in (mock.MagicMock(), benchmark.WithoutContent())
+        [peak(mode, checkpointing) for checkpointing in (False, True)]
+        for mode in (mock.MagicMock(), benchmark.WithoutContent())
     )
-    assert empty == pytest.approx(real, rel=0.02) and empty_again == pytest.approx(real_again, rel=0.02)
+    assert empty == pytest.approx(real, rel=0.02) and empty_again == pytest.approx(
+        real_again, rel=0.02
+    )
     assert real_again < 0.6 * real
 
 
@@ -77,19 +91,29 @@ def test_a_step_reads_nothing_back_from_the_device(name, args):
     """On the meta device whatever would wait for a GPU raises: item, nonzero, a bool of a tensor."""
     with pytest.raises(RuntimeError):
         torch.zeros(1, device="meta").item()
-    with torch.device("meta"), mock.patch("torch.nn.init.trunc_normal_", nn.init.normal_):  # the former looks at what it has drawn
+    with (
+        torch.device("meta"),
+        mock.patch("torch.nn.init.trunc_normal_", nn.init.normal_),
+    ):  # the former looks at what it has drawn
         method, _ = make_method(name, NETWORK, args)
-    x0, y = torch.zeros(16, 3, 32, 32, device="meta"), torch.zeros(16, dtype=torch.int64, device="meta")
+    x0, y = (
+        torch.zeros(16, 3, 32, 32, device="meta"),
+        torch.zeros(16, dtype=torch.int64, device="meta"),
+    )
     parameters = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, foreach=True)
     torch.manual_seed(0)
     for step in range(2):
         method.step = step
-        with mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()):  # there is none on that device
+        with mock.patch(
+            "torch.autocast", lambda *_, **__: contextlib.nullcontext()
+        ):  # there is none on that device
             terms = method(x0, y)
         terms["loss"].backward()
         torch.stack([v.detach().float() for v in terms.values()])
-        nn.utils.clip_grads_with_norm_(parameters, 1.0, nn.utils.get_total_norm([p.grad for p in parameters]))
+        nn.utils.clip_grads_with_norm_(
+            parameters, 1.0, nn.utils.get_total_norm([p.grad for p in parameters])
+        )
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -112,12 +136,16 @@ def test_attention_copies_no_layouts():
     with Operations() as operations:
         attention(x).backward(torch.ones(2, 16, 64))
     assert any("flash" in name for name in operations.names)
-    assert not operations.names.keys() & {"clone", "copy_", "_to_copy", "contiguous"}, operations.names
+    assert not operations.names.keys() & {"clone", "copy_", "_to_copy", "contiguous"}, (
+        operations.names
+    )
 
 
 def test_the_stream_lies_in_memory_as_tokens_of_channels():
     model = DiT(**NETWORK)
-    for k, stream in model.streams(model.embed(torch.randn(2, 3, 32, 32)), model.condition(torch.rand(2), torch.tensor([1, 2]))):
+    for k, stream in model.streams(
+        model.embed(torch.randn(2, 3, 32, 32)), model.condition(torch.rand(2), torch.tensor([1, 2]))
+    ):
         assert stream.is_contiguous(), k
 
 
@@ -128,20 +156,48 @@ COMPILED = {  # modes in which shapes or the parts that run change from step to 
     # an odd batch: were just half of an even one in range at first, the doubled teacher pass would compile once more in the second step
     "selftrans 2 stops": (
         "train_selftranscendence",
-        ["--stage", "2", "--teacher", "TEACHER", "--stop-step", "4", "--no-qk-norm", "--batch-size", "7"],
+        [
+            "--stage",
+            "2",
+            "--teacher",
+            "TEACHER",
+            "--stop-step",
+            "4",
+            "--no-qk-norm",
+            "--batch-size",
+            "7",
+        ],
     ),
 }
 
 
 def run(name, out, *flags):
-    run_in_process(name, out, "--model", "DiT-Ti/4", "--image-size", "32", "--batch-size", "8", "--steps", "6", "--log-every", "1", *flags)
+    run_in_process(
+        name,
+        out,
+        "--model",
+        "DiT-Ti/4",
+        "--image-size",
+        "32",
+        "--batch-size",
+        "8",
+        "--steps",
+        "6",
+        "--log-every",
+        "1",
+        *flags,
+    )
 
 
 @pytest.fixture
 def graphs(monkeypatch):
     """graphs(): how many there are now. Blocks are compiled without code generation, which is slow and changes nothing here."""
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options))
+    monkeypatch.setattr(
+        nn.Module,
+        "compile",
+        lambda self, **options: compile_module(self, backend="aot_eager", **options),
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -151,10 +207,21 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("mode", COMPILED)
 def test_blocks_compile_in_the_first_step_alone(tmp_path, mode, args, graphs, monkeypatch):
     name, flags = COMPILED[mode]
-    flags, script = [args.teacher if flag == "TEACHER" else flag for flag in flags], importlib.import_module(name)
-    method = next(value for value in vars(script).values() if isinstance(value, type) and hasattr(value, "after_step"))
+    flags, script = (
+        [args.teacher if flag == "TEACHER" else flag for flag in flags],
+        importlib.import_module(name),
+    )
+    method = next(
+        value
+        for value in vars(script).values()
+        if isinstance(value, type) and hasattr(value, "after_step")
+    )
     after_step, seen = method.after_step, []
-    monkeypatch.setattr(method, "after_step", lambda self, *args: (after_step(self, *args), seen.append(graphs()))[0])
+    monkeypatch.setattr(
+        method,
+        "after_step",
+        lambda self, *args: (after_step(self, *args), seen.append(graphs()))[0],
+    )
     run(name, tmp_path / "compiled", "--compile", *flags)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert len(seen) == 6 and 1 <= seen[0] == seen[-1] <= 4, seen

@@ -20,7 +20,18 @@ from PIL import Image
 import train_sra
 from train_sra import SRA, Images, center_crop, draw_shape, parse_args, read_order
 
-TINY = ["--model", "DiT-Ti/8", "--image-size", "16", "--batch-size", "4", "--lr", "1e-3", "--log-every", "3"]
+TINY = [
+    "--model",
+    "DiT-Ti/8",
+    "--image-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--lr",
+    "1e-3",
+    "--log-every",
+    "3",
+]
 
 
 def train(out, *flags, method=SRA):
@@ -37,12 +48,22 @@ def train(out, *flags, method=SRA):
 
 def command(*words, processes=1):
     """A script's command line, under torchrun for several processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
     return [sys.executable, *launch, *map(str, words)]
 
 
 def run(*words, processes=1, code=0, cwd=ROOT, timeout=240):
-    result = subprocess.run(command(*words, processes=processes), cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        command(*words, processes=processes),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert result.returncode == code, result.stdout + result.stderr
     return result
 
@@ -83,7 +104,16 @@ def terminate_after(step, method=SRA):
 # Resuming
 
 
-DDPM_RUN = ["--diffusion", "ddpm", "--micro-batch", "2", "--qk-norm", "--warmup", "6", "--no-ema-warmup"]
+DDPM_RUN = [
+    "--diffusion",
+    "ddpm",
+    "--micro-batch",
+    "2",
+    "--qk-norm",
+    "--warmup",
+    "6",
+    "--no-ema-warmup",
+]
 
 
 @pytest.mark.parametrize("flags", [[], DDPM_RUN], ids=["flow", "ddpm"])
@@ -98,7 +128,9 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, flags, capfd):
     a, b = checkpoint(tmp_path / "a", 8), checkpoint(tmp_path / "b", 8)
     for part in ("model", "ema", "method", "optimizer", "step", "log"):
         assert_same(a[part], b[part], part)
-    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b") and [line["step"] for line in log_lines(tmp_path / "a")] == [3, 6, 8]
+    assert log_lines(tmp_path / "a") == log_lines(tmp_path / "b") and [
+        line["step"] for line in log_lines(tmp_path / "a")
+    ] == [3, 6, 8]
 
 
 def test_finished_run_started_again_changes_nothing(tmp_path):
@@ -110,7 +142,9 @@ def test_finished_run_started_again_changes_nothing(tmp_path):
 
 def test_log_lines_beyond_the_checkpoint_are_dropped_on_resuming(tmp_path):
     train(tmp_path, "--steps", "4", "--save-every", "2", "--log-every", "1")
-    (tmp_path / "checkpoints" / "0000004.pt").unlink()  # as if killed after step 4 was logged, before it was saved
+    (
+        tmp_path / "checkpoints" / "0000004.pt"
+    ).unlink()  # as if killed after step 4 was logged, before it was saved
     train(tmp_path, "--steps", "4", "--save-every", "2", "--log-every", "1")
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
 
@@ -161,11 +195,17 @@ def test_ema_follows_its_recursion(tmp_path):
 
     class Recorded(SRA):
         def after_step(self, step, steps):
-            weights.append({k: v.detach().double().clone() for k, v in self.model.named_parameters()})
+            weights.append(
+                {k: v.detach().double().clone() for k, v in self.model.named_parameters()}
+            )
 
     train(tmp_path, "--steps", "4", method=Recorded)
     torch.manual_seed(0)
-    start = SRA(parse_args(TINY), checkpoint(tmp_path, 4)["args"]["network"], train_sra.make_diffusion("flow")).model
+    start = SRA(
+        parse_args(TINY),
+        checkpoint(tmp_path, 4)["args"]["network"],
+        train_sra.make_diffusion("flow"),
+    ).model
     expected = {k: v.detach().double() for k, v in start.named_parameters()}
     for step, now in enumerate(weights):
         decay = min(0.9999, (1 + step) / (10 + step))
@@ -179,22 +219,41 @@ def test_ema_follows_its_recursion(tmp_path):
 
 
 def network_of(diffusion):
-    shape = {"input_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
+    shape = {
+        "input_size": 16,
+        "patch_size": 8,
+        "in_channels": 3,
+        "hidden_size": 64,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 10,
+    }
     return {**shape, "learn_sigma": diffusion.learned_variance}
 
 
 def fixed_draws(diffusion, n=8):
     generator = torch.Generator().manual_seed(3)
     x0, noise = torch.randn(2, n, 3, 16, 16, generator=generator)
-    t = torch.randint(0, 1000, (n,), generator=generator) if diffusion.learned_variance else torch.rand(n, generator=generator)
-    draws = {"noise": noise, "t": t, "u": torch.rand(n, generator=generator), "drop": torch.rand(n, generator=generator)}
+    t = (
+        torch.randint(0, 1000, (n,), generator=generator)
+        if diffusion.learned_variance
+        else torch.rand(n, generator=generator)
+    )
+    draws = {
+        "noise": noise,
+        "t": t,
+        "u": torch.rand(n, generator=generator),
+        "drop": torch.rand(n, generator=generator),
+    }
     return x0, torch.arange(n) % 10, draws
 
 
 def build(name):
     diffusion = train_sra.make_diffusion(name)
     torch.manual_seed(5)
-    method = SRA(parse_args(["--diffusion", name, "--label-drop", "0.4"]), network_of(diffusion), diffusion)
+    method = SRA(
+        parse_args(["--diffusion", name, "--label-drop", "0.4"]), network_of(diffusion), diffusion
+    )
     for parameter in method.model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     return diffusion, method
@@ -202,7 +261,9 @@ def build(name):
 
 def ddp_gradients(rank, world, port, name, folder):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+    )
     diffusion, method = build(name)
     x0, y, draws = fixed_draws(diffusion)
     share = slice(rank * len(x0) // world, (rank + 1) * len(x0) // world)
@@ -223,13 +284,17 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path, name):
     loss = method(x0, y, **draws)["loss"]
     loss.backward()
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        (ranks[0]["loss"] + ranks[1]["loss"]) / 2, loss.detach(), rtol=1e-5, atol=1e-6
+    )
     for key, parameter in method.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.abs().sum() > 0, key
             assert torch.equal(ranks[0]["gradients"][key], ranks[1]["gradients"][key]), key
             largest = parameter.grad.abs().max().item()
-            torch.testing.assert_close(ranks[0]["gradients"][key], parameter.grad, rtol=1e-5, atol=1e-5 * largest)
+            torch.testing.assert_close(
+                ranks[0]["gradients"][key], parameter.grad, rtol=1e-5, atol=1e-5 * largest
+            )
 
 
 class DrawsFromImages(SRA):
@@ -242,13 +307,31 @@ class DrawsFromImages(SRA):
 
 def as_rank(rank, world, port):
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
 
 
 def train_from_images(rank, world, port, out, *flags):
     if world > 1:
         as_rank(rank, world, port)
-    train(out, "--steps", "2", "--log-every", "1", "--clip-grad", "0", "--batch-size", "8", *flags, method=DrawsFromImages)
+    train(
+        out,
+        "--steps",
+        "2",
+        "--log-every",
+        "1",
+        "--clip-grad",
+        "0",
+        "--batch-size",
+        "8",
+        *flags,
+        method=DrawsFromImages,
+    )
 
 
 def test_the_split_of_a_batch_does_not_matter(tmp_path):
@@ -256,7 +339,9 @@ def test_the_split_of_a_batch_does_not_matter(tmp_path):
     train_from_images(0, 1, 0, str(tmp_path / "whole"))
     train_from_images(0, 1, 0, str(tmp_path / "micro"), "--micro-batch", "2")
     mp.spawn(train_from_images, (2, free_port(), str(tmp_path / "two")), nprocs=2)
-    mp.spawn(train_from_images, (2, free_port(), str(tmp_path / "both"), "--micro-batch", "2"), nprocs=2)
+    mp.spawn(
+        train_from_images, (2, free_port(), str(tmp_path / "both"), "--micro-batch", "2"), nprocs=2
+    )
     whole = log_lines(tmp_path / "whole")
     assert whole[0]["grad_norm"] > 0.1
     for split in ("micro", "two", "both"):
@@ -279,7 +364,10 @@ def test_ranks_agree_on_weights_ema_and_head_even_if_they_start_apart(tmp_path):
     """Different seeds give the ranks different random networks: DDP must make weights and EMA (the teacher!) equal from step 0."""
     mp.spawn(train_as_rank, (2, free_port(), str(tmp_path), (0, 1)), nprocs=2)
     for step in range(3):
-        states = [torch.load(tmp_path / f"rank{rank}_step{step}.pt", weights_only=True) for rank in range(2)]
+        states = [
+            torch.load(tmp_path / f"rank{rank}_step{step}.pt", weights_only=True)
+            for rank in range(2)
+        ]
         assert_same(*states)
 
 
@@ -287,7 +375,12 @@ def test_torchrun_resumes_bitwise_and_takes_sigterm(tmp_path):
     """Two processes: uninterrupted, against SIGTERM to torchrun (which passes it on) and the same command again."""
     flags = [ROOT / "train_sra.py", *TINY, "--steps", "60", "--save-every", "0", "--out"]
     run(*flags, tmp_path / "a", processes=2)
-    agent = subprocess.Popen(command(*flags, tmp_path / "b", processes=2), stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    agent = subprocess.Popen(
+        command(*flags, tmp_path / "b", processes=2),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 120
     log = tmp_path / "b" / "log.jsonl"
     while not (log.exists() and '"step": 3' in log.read_text()) and time.time() < deadline:
@@ -306,9 +399,31 @@ def test_torchrun_resumes_bitwise_and_takes_sigterm(tmp_path):
 
 def test_two_nodes_meet_on_localhost(tmp_path):
     port = free_port()
-    launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
-    words = [sys.executable, *launch, "--rdzv_id=test", ROOT / "train_sra.py", *TINY, "--steps", "3", "--out", tmp_path]
-    nodes = [subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+    ]
+    words = [
+        sys.executable,
+        *launch,
+        "--rdzv_id=test",
+        ROOT / "train_sra.py",
+        *TINY,
+        "--steps",
+        "3",
+        "--out",
+        tmp_path,
+    ]
+    nodes = [
+        subprocess.Popen(
+            list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
     outputs = [node.communicate(timeout=180)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert checkpoint(tmp_path, 3)["step"] == 3 and "2 processes" in "".join(outputs)
@@ -316,13 +431,17 @@ def test_two_nodes_meet_on_localhost(tmp_path):
 
 def test_sigterm_to_every_process_saves_and_exits_cleanly(tmp_path):
     """As schedulers do it: the training process and its loaders get the signal, twice."""
-    words = command(ROOT / "train_sra.py", *TINY, "--steps", "100000", "--workers", "2", "--out", tmp_path)
+    words = command(
+        ROOT / "train_sra.py", *TINY, "--steps", "100000", "--workers", "2", "--out", tmp_path
+    )
     agent = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     log = tmp_path / "log.jsonl"
     while not (log.exists() and '"step": 3' in log.read_text()) and time.time() < deadline:
         time.sleep(0.02)
-    loaders = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+    loaders = [
+        int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    ]
     assert len(loaders) == 2
     for _ in range(2):
         for pid in (*loaders, agent.pid):
@@ -330,7 +449,11 @@ def test_sigterm_to_every_process_saves_and_exits_cleanly(tmp_path):
     out, err = agent.communicate(timeout=60)
     assert agent.returncode == 0 and "Traceback" not in err, err
     step = int(max((tmp_path / "checkpoints").glob("*.pt")).stem)
-    assert f"step {step} of 100000" in out and "goes on from here" in out and checkpoint(tmp_path, step)["step"] == step
+    assert (
+        f"step {step} of 100000" in out
+        and "goes on from here" in out
+        and checkpoint(tmp_path, step)["step"] == step
+    )
 
 
 # Data
@@ -343,7 +466,15 @@ def order_of(world, micro_batch, start=0, **changes):
     accumulate = 8 // (world * micro_batch)
     ranks = [list(read_order(20, args, rank, world, start)) for rank in range(world)]
     assert all(len(batch) == micro_batch for rank in ranks for batch in rank)
-    return [[item for rank in ranks for batch in rank[k * accumulate : (k + 1) * accumulate] for item in batch] for k in range(7 - start)]
+    return [
+        [
+            item
+            for rank in ranks
+            for batch in rank[k * accumulate : (k + 1) * accumulate]
+            for item in batch
+        ]
+        for k in range(7 - start)
+    ]
 
 
 def test_images_of_a_step_do_not_depend_on_the_split_or_on_resuming():
@@ -351,7 +482,10 @@ def test_images_of_a_step_do_not_depend_on_the_split_or_on_resuming():
     for world, micro_batch in ((2, 4), (4, 2), (1, 2), (2, 1)):
         assert order_of(world, micro_batch) == whole
     assert order_of(1, 8, start=5) == whole[5:]
-    for epoch in (whole[:2], whole[2:4]):  # 20 images make two batches of 8 an epoch: no image twice, some are flipped
+    for epoch in (
+        whole[:2],
+        whole[2:4],
+    ):  # 20 images make two batches of 8 an epoch: no image twice, some are flipped
         indices = [index for step in epoch for index, _ in step]
         assert len(set(indices)) == 16 and 0 < sum(flip for step in epoch for _, flip in step) < 16
     assert whole[:2] != whole[2:4] and order_of(1, 8, flags=["--seed", "1"]) != whole
@@ -364,7 +498,9 @@ def test_built_in_shapes_are_deterministic_and_of_ten_kinds():
     for label, (colour, *_) in enumerate(train_sra.SHAPES.values()):
         pixels = np.asarray(draw_shape(label, 32)).reshape(-1, 3).astype(int)
         again = np.asarray(draw_shape(label, 32)).reshape(-1, 3)
-        assert (pixels == again).all() and (pixels != np.asarray(draw_shape(label + 10, 32)).reshape(-1, 3)).any()
+        assert (pixels == again).all() and (
+            pixels != np.asarray(draw_shape(label + 10, 32)).reshape(-1, 3)
+        ).any()
         share = (np.abs(pixels - np.array(colour)).max(1) < 12).mean()
         assert 0.03 < share < 0.6, names[label]
 
@@ -379,7 +515,9 @@ def test_center_crop_against_the_definition():
     assert (np.asarray(center_crop(Image.fromarray(wide), 16)) == 200).all()
     double = rng.integers(0, 256, (32, 32, 3), np.uint8)
     boxes = double.reshape(16, 2, 16, 2, 3).mean((1, 3))
-    assert np.abs(np.asarray(center_crop(Image.fromarray(double), 16)) - boxes).max() <= 1  # Pillow rounds after each axis
+    assert (
+        np.abs(np.asarray(center_crop(Image.fromarray(double), 16)) - boxes).max() <= 1
+    )  # Pillow rounds after each axis
     assert center_crop(Image.new("RGB", (5, 100)), 16).size == (16, 16)
 
 
@@ -388,7 +526,9 @@ def make_folder(path, classes=("ant", "bee"), each=4, size=20):
     for name in classes:
         (path / name).mkdir(parents=True)
         for k in range(each):
-            Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(path / name / f"{k}.png")
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(
+                path / name / f"{k}.png"
+            )
     return path
 
 
@@ -400,14 +540,25 @@ def test_image_folder(tmp_path):
     data = Images(str(folder), 16, 0, 1)
     assert data.classes == ["ant", "bee"] and len(data) == 10
     items = [data[(k, False)] for k in range(10)]
-    assert all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 for x, _ in items) and [y for _, y in items] == [0] * 5 + [1] * 5
+    assert (
+        all(x.shape == (3, 16, 16) and x.dtype == torch.uint8 for x, _ in items)
+        and [y for _, y in items] == [0] * 5 + [1] * 5
+    )
     assert torch.equal(data[(0, True)][0], data[(0, False)][0].flip(2))
 
 
 def test_workers_and_main_process_read_the_same(tmp_path):
     make_folder(tmp_path / "data")
     for workers in ("0", "2"):
-        train(tmp_path / workers, "--data", str(tmp_path / "data"), "--steps", "3", "--workers", workers)
+        train(
+            tmp_path / workers,
+            "--data",
+            str(tmp_path / "data"),
+            "--steps",
+            "3",
+            "--workers",
+            workers,
+        )
     assert_same(checkpoint(tmp_path / "0", 3)["model"], checkpoint(tmp_path / "2", 3)["model"])
 
 
@@ -423,7 +574,12 @@ def test_not_finite_stops_with_step_rank_and_terms_and_saves_nothing(tmp_path, c
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, "--steps", "6", "--save-every", "2", method=Broken)
     message = str(stop.value.code)
-    assert "step 4, rank 0" in message and "loss nan" in message and "align" in message and "grad_norm" in message
+    assert (
+        "step 4, rank 0" in message
+        and "loss nan" in message
+        and "align" in message
+        and "grad_norm" in message
+    )
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["0000002.pt"]
 
 
@@ -433,7 +589,9 @@ def one_line(capfd, out, *flags, method=SRA):
     with pytest.raises(SystemExit) as stop:
         train(out, *flags, method=method)
     err = capfd.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and err.startswith("train_sra.py: error: "), err
+    assert (
+        stop.value.code == 2 and err.count("\n") == 1 and err.startswith("train_sra.py: error: ")
+    ), err
     return err
 
 
@@ -441,7 +599,10 @@ def test_bad_flags(tmp_path, capfd):
     cases = [
         (["--model", "DiT-Huge/2"], "unknown model 'DiT-Huge/2'"),
         (["--model", "DiT-Ti/8", "--image-size", "20"], "20 is not divisible by the patch size 8"),
-        (["--batch-size", "6", "--micro-batch", "4"], "--batch-size 6 is not divisible by 1 processes x --micro-batch 4"),
+        (
+            ["--batch-size", "6", "--micro-batch", "4"],
+            "--batch-size 6 is not divisible by 1 processes x --micro-batch 4",
+        ),
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--lr", "-1"], "--lr -1.0 is out of range"),
         (["--seed", "99999999999999999999999"], "is out of range"),
@@ -465,7 +626,9 @@ def test_bad_data(tmp_path, capfd):
     assert "no images found" in one_line(capfd, tmp_path / "out", "--data", str(tmp_path / "empty"))
     flat = make_folder(tmp_path / "flat")
     (flat / "ant").rename(tmp_path / "images")
-    assert "no images found" in one_line(capfd, tmp_path / "out", "--data", str(tmp_path / "images"))
+    assert "no images found" in one_line(
+        capfd, tmp_path / "out", "--data", str(tmp_path / "images")
+    )
     assert "one class folder, bee" in one_line(capfd, tmp_path / "out", "--data", str(flat))
     train(tmp_path / "single", "--data", str(flat), "--label-drop", "0", "--steps", "1")
     deep = make_folder(tmp_path / "deep")
@@ -475,16 +638,22 @@ def test_bad_data(tmp_path, capfd):
     assert "file" in one_line(capfd, tmp_path / "file")
     corrupt = make_folder(tmp_path / "corrupt")
     (corrupt / "bee" / "2.png").write_bytes(b"not an image")
-    assert str(corrupt / "bee" / "2.png") in one_line(capfd, tmp_path / "out", "--data", str(corrupt))
+    assert str(corrupt / "bee" / "2.png") in one_line(
+        capfd, tmp_path / "out", "--data", str(corrupt)
+    )
     torn = make_folder(tmp_path / "torn")
     whole = (torn / "ant" / "1.png").read_bytes()
-    (torn / "ant" / "1.png").write_bytes(whole[: len(whole) // 2])  # the header is fine: found when it is read
+    (torn / "ant" / "1.png").write_bytes(
+        whole[: len(whole) // 2]
+    )  # the header is fine: found when it is read
     for workers in ("0", "1"):
         with pytest.raises(SystemExit) as stop:
             train(tmp_path / workers, "--data", str(torn), "--steps", "4", "--workers", workers)
         err = capfd.readouterr().err  # a progress bar, then the line
         assert stop.value.code == 2 and "Traceback" not in err
-        assert err.splitlines()[-1].startswith(f"train_sra.py: error: cannot read image {torn / 'ant' / '1.png'}")
+        assert err.splitlines()[-1].startswith(
+            f"train_sra.py: error: cannot read image {torn / 'ant' / '1.png'}"
+        )
 
 
 def test_resuming_with_other_flags(tmp_path, capfd):
@@ -505,7 +674,11 @@ def test_resuming_with_other_flags(tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, "--steps", "2")
     err = capfd.readouterr().err
-    assert stop.value.code == 2 and "train_sra.py: error: no checkpoint in" in err and "Traceback" not in err
+    assert (
+        stop.value.code == 2
+        and "train_sra.py: error: no checkpoint in" in err
+        and "Traceback" not in err
+    )
 
 
 def test_resuming_with_a_harmless_change_says_so(tmp_path, capfd):
@@ -518,12 +691,24 @@ def test_resuming_with_a_harmless_change_says_so(tmp_path, capfd):
 def test_errors_from_the_real_command_line(tmp_path):
     """Without and with torchrun, and never a traceback of ours."""
     result = run(ROOT / "train_sra.py", "--model", "DiT-Huge/2", "--out", tmp_path, code=2)
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("train_sra.py: error: unknown model") and not result.stdout
-    result = run(ROOT / "train_sra.py", *TINY, "--batch-size", "5", "--out", tmp_path, processes=2, code=1)
-    assert result.stderr.count("train_sra.py: error: --batch-size 5 is not divisible by 2 processes") == 1
+    assert (
+        result.stderr.count("\n") == 1
+        and result.stderr.startswith("train_sra.py: error: unknown model")
+        and not result.stdout
+    )
+    result = run(
+        ROOT / "train_sra.py", *TINY, "--batch-size", "5", "--out", tmp_path, processes=2, code=1
+    )
+    assert (
+        result.stderr.count("train_sra.py: error: --batch-size 5 is not divisible by 2 processes")
+        == 1
+    )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bf16 training, NCCL and fused AdamW run on CUDA only")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="needs a GPU: bf16 training, NCCL and fused AdamW run on CUDA only",
+)
 def test_cuda_resume_is_bitwise(tmp_path):
     train(tmp_path / "a", "--steps", "8")
     train(tmp_path / "b", "--steps", "8", method=terminate_after(3))
@@ -546,7 +731,12 @@ def test_compiled_blocks_compute_the_same(tmp_path):
     train(tmp_path / "eager", "--steps", "3")
     train(tmp_path / "compiled", "--steps", "3", "--compile")
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 1 <= compiled <= 3, f"{compiled} graphs: student, teacher and the sampled EMA share one block"
+    assert 1 <= compiled <= 3, (
+        f"{compiled} graphs: student, teacher and the sampled EMA share one block"
+    )
     assert not torch._dynamo.utils.counters["graph_break"]
     a, b = (log_lines(tmp_path / name)[-1] for name in ("eager", "compiled"))
-    assert all(abs(a[name] - b[name]) <= 1e-4 * abs(a[name]) for name in ("loss", "denoise", "align", "grad_norm"))
+    assert all(
+        abs(a[name] - b[name]) <= 1e-4 * abs(a[name])
+        for name in ("loss", "denoise", "align", "grad_norm")
+    )

@@ -62,7 +62,16 @@ def good(tmp_path_factory):
 
 
 def latents(here, cache="cache.latents"):
-    return ["--data", str(here / "data"), "--vae", str(here / "vae.bin"), "--model", "DiT-Ti/2", "--latents", str(here / cache)]
+    return [
+        "--data",
+        str(here / "data"),
+        "--vae",
+        str(here / "vae.bin"),
+        "--model",
+        "DiT-Ti/2",
+        "--latents",
+        str(here / cache),
+    ]
 
 
 def newest(run):
@@ -84,17 +93,33 @@ def refused(capfd, script, argv, *words, code=2):
 PLACES = {  # where the file goes ({f}: the file), by script and flags
     "sample.py --ckpt FILE": ("sample", "--ckpt {f}", "cannot be read"),
     "sample.py --ckpt FOLDER": ("sample", "--ckpt {r}", "no checkpoint in"),
-    "sample.py --official": ("sample", "--ckpt {f} --official dit --model DiT-Ti/2", "cannot be read"),
+    "sample.py --official": (
+        "sample",
+        "--ckpt {f} --official dit --model DiT-Ti/2",
+        "cannot be read",
+    ),
     "sample.py --vae": ("sample", "--ckpt {g}/latent --vae {f}", "cannot be read"),
     "train_mdt.py --init-from": ("train_mdt", "--init-from {f}", "cannot be read"),
     "--teacher FILE": ("train_selftranscendence", "--stage 2 --teacher {f}", "cannot be read"),
     "--teacher FOLDER": ("train_selftranscendence", "--stage 2 --teacher {r}", "no checkpoint in"),
     "--vae": ("train_sra", "--data {g}/data --vae {f}", "cannot be read"),
-    "--latents": ("train_diversedit", "--data {g}/data --vae {g}/vae.bin --model DiT-Ti/2 --latents {f}", "is not a file of latents"),
+    "--latents": (
+        "train_diversedit",
+        "--data {g}/data --vae {g}/vae.bin --model DiT-Ti/2 --latents {f}",
+        "is not a file of latents",
+    ),
     "--data": ("train_discriminative", "--data {i}", "cannot read image"),
-    "fid.py --inception": ("fid", "{g}/images.npz {g}/images.npz --inception {f}", "cannot load Inception weights"),
+    "fid.py --inception": (
+        "fid",
+        "{g}/images.npz {g}/images.npz --inception {f}",
+        "cannot load Inception weights",
+    ),
     "fid.py --self-test": ("fid", "--self-test {f}", "cannot load Inception weights"),
-    "fid.py --features": ("fid", "{g}/images.npz {g}/images.npz --features {f}", "is not a TorchScript module"),
+    "fid.py --features": (
+        "fid",
+        "{g}/images.npz {g}/images.npz --features {f}",
+        "is not a TorchScript module",
+    ),
     "fid.py SAMPLES": ("fid", "{n} {g}/images.npz --features {g}/features.pt", ".npz"),
     "fid.py REFERENCE": ("fid", "{g}/images.npz {n} --features {g}/features.pt", ".npz"),
     "fid.py FOLDER": ("fid", "{i} {g}/images.npz --features {g}/features.pt", "cannot read image"),
@@ -103,12 +128,21 @@ PLACES = {  # where the file goes ({f}: the file), by script and flags
 
 def hostile(path, kind, marker):
     """A file of that kind which has code in it: torch's zip archive, its older format, a pickle, an object array of numpy."""
-    state = {"model": {"weight": torch.zeros(2)}, "ema": Hostile(marker), "quant_conv.bias": Hostile(marker)}
+    state = {
+        "model": {"weight": torch.zeros(2)},
+        "ema": Hostile(marker),
+        "quant_conv.bias": Hostile(marker),
+    }
     if kind == "pickle":
         path.write_bytes(pickle.dumps(state))
     elif kind == "numpy":
         with open(path, "wb") as file:
-            np.savez(file, arr_0=np.array([Hostile(marker)]), mu=np.array([Hostile(marker)]), sigma=np.array([Hostile(marker)]))
+            np.savez(
+                file,
+                arr_0=np.array([Hostile(marker)]),
+                mu=np.array([Hostile(marker)]),
+                sigma=np.array([Hostile(marker)]),
+            )
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "archive")
 
@@ -126,7 +160,12 @@ def test_code_in_a_file_does_not_run(good, tmp_path, capfd, place, kind):
     shutil.copy(file, tmp_path / "data" / "ant" / "0.png")
     before = files(tmp_path)
     argv = line.format(g=good, f=file, r=run, n=tmp_path / "file.npz", i=tmp_path / "data").split()
-    lines = refused(capfd, script, [*argv, *(["--out", tmp_path / "out"] if script != "fid" and "--out" not in argv else [])], words)
+    lines = refused(
+        capfd,
+        script,
+        [*argv, *(["--out", tmp_path / "out"] if script != "fid" and "--out" not in argv else [])],
+        words,
+    )
     assert len(lines) == 1 + (words == "no checkpoint in")
     assert not marker.exists() and files(tmp_path) == before
 
@@ -138,7 +177,9 @@ def test_the_trap_works(tmp_path, kind):
         np.load(tmp_path / "file", allow_pickle=True)["mu"]
     else:
         with pytest.raises(FileExistsError):  # of the second one in the file
-            pickle.loads((tmp_path / "file").read_bytes()) if kind == "pickle" else torch.load(tmp_path / "file", weights_only=False)
+            pickle.loads((tmp_path / "file").read_bytes()) if kind == "pickle" else torch.load(
+                tmp_path / "file", weights_only=False
+            )
     assert (tmp_path / "ran").is_dir()
 
 
@@ -163,7 +204,11 @@ def test_code_in_the_parts_of_an_interrupted_sampling(good, tmp_path, capfd):
     (tmp_path / "out" / "samples.npz").unlink()
     (tmp_path / "out" / "parts").mkdir()
     part = tmp_path / "out" / "parts" / "0-2.npz"
-    for arrays in ({"labels": np.array([Hostile(tmp_path / "ran")] * 2)}, {"images": np.zeros(2)}, {"labels": np.zeros(3)}):
+    for arrays in (
+        {"labels": np.array([Hostile(tmp_path / "ran")] * 2)},
+        {"images": np.zeros(2)},
+        {"labels": np.zeros(3)},
+    ):
         np.savez(part, **arrays)
         assert len(refused(capfd, "sample", argv, f"{part} is damaged: delete it")) == 1
     part.write_bytes(part.read_bytes()[:100])
@@ -192,18 +237,28 @@ def write_zeros(path, name, head=b"", size=1024 * MIB, **others):
 
 
 def npy_header(shape, descr="<f8"):
-    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    text = (
+        f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117)
+        + b"\n"
+    )
     return np.lib.format.magic(1, 0) + struct.pack("<H", len(text)) + text
 
 
 @pytest.fixture(scope="module")
 def inflating(tmp_path_factory):
     """A checkpoint whose pickle inflates to a GiB."""
-    return write_zeros(tmp_path_factory.mktemp("inflating") / "file.pt", "archive/data.pkl", b"\x80\x02")
+    return write_zeros(
+        tmp_path_factory.mktemp("inflating") / "file.pt", "archive/data.pkl", b"\x80\x02"
+    )
 
 
 @pytest.mark.parametrize(
-    "place", [p for p, (_, line, _) in PLACES.items() if "{f}" in line and p not in ("--latents", "fid.py --features")]
+    "place",
+    [
+        p
+        for p, (_, line, _) in PLACES.items()
+        if "{f}" in line and p not in ("--latents", "fid.py --features")
+    ],
 )
 def test_archives_that_inflate(good, inflating, tmp_path, capfd, place):
     script, line, words = PLACES[place]
@@ -222,16 +277,37 @@ def test_archives_that_inflate(good, inflating, tmp_path, capfd, place):
         ("mu.npy", npy_header("(1000000000000,)"), 16, "cannot read"),
         ("mu.npy", npy_header("(-1,)"), 16, "cannot read"),
         ("mu.npy", npy_header("(2097152,)"), 16, "does not hold finite mu"),
-        ("arr_0.npy", npy_header("(1, 16384, 16384, 3)", "|u1"), 768, "has 16384 x 16384 pixels: scale images to at most"),
+        (
+            "arr_0.npy",
+            npy_header("(1, 16384, 16384, 3)", "|u1"),
+            768,
+            "has 16384 x 16384 pixels: scale images to at most",
+        ),
         ("arr_0.npy", npy_header("(1, 99999999, 99999999, 3)", "|u1"), 16, "pixels"),
         ("arr_0.npy", npy_header("(99999999999, 8, 8, 3)", "|u1"), 16, "holds 16777216 bytes"),
         ("arr_0.npy", npy_header("(-1, 8, 8, 3)", "|u1"), 16, "C-ordered uint8"),
     ],
 )
 def test_arrays_that_inflate_or_claim_to(good, tmp_path, capfd, name, head, size, words):
-    write_zeros(tmp_path / "big.npz", name, head, size * MIB, **{"sigma.npy": npy_header("(1, 1)") + bytes(8)})
+    write_zeros(
+        tmp_path / "big.npz",
+        name,
+        head,
+        size * MIB,
+        **{"sigma.npy": npy_header("(1, 1)") + bytes(8)},
+    )
     with little_memory():
-        assert len(refused(capfd, "fid", [tmp_path / "big.npz", good / "images.npz", "--features", good / "features.pt"], words)) == 1
+        assert (
+            len(
+                refused(
+                    capfd,
+                    "fid",
+                    [tmp_path / "big.npz", good / "images.npz", "--features", good / "features.pt"],
+                    words,
+                )
+            )
+            == 1
+        )
 
 
 @pytest.mark.parametrize("side", [12000, 60000, 2**31 - 1])
@@ -239,20 +315,57 @@ def test_images_that_claim_to_be_huge(good, tmp_path, capfd, side):
     shutil.copytree(good / "data", tmp_path / "data")
     (tmp_path / "data" / "ant" / "0.png").write_bytes(png_header(side, side))
     with little_memory():
-        assert len(refused(capfd, "fid", [tmp_path / "data", good / "images.npz", "--features", good / "features.pt"], "ant/0.png")) == 1
+        assert (
+            len(
+                refused(
+                    capfd,
+                    "fid",
+                    [tmp_path / "data", good / "images.npz", "--features", good / "features.pt"],
+                    "ant/0.png",
+                )
+            )
+            == 1
+        )
         if side > 13377:  # Pillow's limit; below it, it warns
             argv = ["--data", tmp_path / "data", "--out", tmp_path / "out"]
-            assert len(refused(capfd, "train_sra", argv, f"cannot read image {tmp_path / 'data' / 'ant' / '0.png'}")) == 1
+            assert (
+                len(
+                    refused(
+                        capfd,
+                        "train_sra",
+                        argv,
+                        f"cannot read image {tmp_path / 'data' / 'ant' / '0.png'}",
+                    )
+                )
+                == 1
+            )
 
 
 def test_safetensors_that_claim_to_be_huge(good, tmp_path, capfd):
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    for length, content in ((2**62, b"{}"), (2**64 - 1, b"{}"), (len(header), header), (100_000, b"[" * 100_000)):
+    header = json.dumps(
+        {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    ).encode()
+    for length, content in (
+        (2**62, b"{}"),
+        (2**64 - 1, b"{}"),
+        (len(header), header),
+        (100_000, b"[" * 100_000),
+    ):
         (tmp_path / "vae.safetensors").write_bytes(struct.pack("<Q", length) + content)
         with little_memory():
-            for script, argv in (("train_sra", ["--data", good / "data"]), ("sample", ["--ckpt", good / "latent"])):
+            for script, argv in (
+                ("train_sra", ["--data", good / "data"]),
+                ("sample", ["--ckpt", good / "latent"]),
+            ):
                 argv += ["--vae", tmp_path / "vae.safetensors", "--out", tmp_path / "out"]
-                assert len(refused(capfd, script, argv, "vae.safetensors cannot be read as safetensors")) == 1
+                assert (
+                    len(
+                        refused(
+                            capfd, script, argv, "vae.safetensors cannot be read as safetensors"
+                        )
+                    )
+                    == 1
+                )
     assert not (tmp_path / "out").exists()
 
 
@@ -278,7 +391,18 @@ def test_headers_of_latents(good, tmp_path, capfd, case, suffix):
     before = files(tmp_path)
     argv = [*latents(good), "--latents", tmp_path / "c.latents", "--out", tmp_path / "out"]
     with little_memory():
-        assert len(refused(capfd, "train_sra", argv, f"{path} holds latents of another data set or VAE: ", "move it away")) == 1
+        assert (
+            len(
+                refused(
+                    capfd,
+                    "train_sra",
+                    argv,
+                    f"{path} holds latents of another data set or VAE: ",
+                    "move it away",
+                )
+            )
+            == 1
+        )
     assert files(tmp_path) == before
 
 
@@ -288,7 +412,17 @@ def test_labels_of_latents_outside_the_classes(good, tmp_path, capfd):
         struct.pack_into("<i", content, MIB + 4096, label)
         (tmp_path / "c.latents").write_bytes(content)
         argv = [*latents(good), "--latents", tmp_path / "c.latents", "--out", tmp_path / "out"]
-        assert len(refused(capfd, "train_sra", argv, "c.latents has labels outside its 2 classes: move it away to encode anew")) == 1
+        assert (
+            len(
+                refused(
+                    capfd,
+                    "train_sra",
+                    argv,
+                    "c.latents has labels outside its 2 classes: move it away to encode anew",
+                )
+            )
+            == 1
+        )
 
 
 NETWORKS = {  # what a checkpoint says of its network
@@ -314,9 +448,21 @@ def test_checkpoints_that_describe_another_network(good, tmp_path, capfd, case):
     torch.save(saved, newest(tmp_path))
     with little_memory():
         words = f"{newest(tmp_path)} "
-        assert len(refused(capfd, "sample", ["--ckpt", newest(tmp_path), "--out", tmp_path / "out"], words)) == 1
+        assert (
+            len(
+                refused(
+                    capfd, "sample", ["--ckpt", newest(tmp_path), "--out", tmp_path / "out"], words
+                )
+            )
+            == 1
+        )
         refused(capfd, "train_sra", ["--out", tmp_path], "no checkpoint in")
-        refused(capfd, "train_selftranscendence", ["--stage", "2", "--teacher", newest(tmp_path), "--out", tmp_path / "out"], words)
+        refused(
+            capfd,
+            "train_selftranscendence",
+            ["--stage", "2", "--teacher", newest(tmp_path), "--out", tmp_path / "out"],
+            words,
+        )
 
 
 DAMAGES = {
@@ -331,7 +477,10 @@ DAMAGES = {
     "optimizer is text": lambda c: c.update(optimizer="AdamW"),
     "head of numbers": lambda c: c["method"].update({"head.0.weight": 3}),
     "missing weights": lambda c: c["model"].pop("pos_embed"),
-    "expanded weights": lambda c: [c[p].update({k: torch.zeros(1).expand(v.shape) for k, v in c[p].items()}) for p in ("model", "ema")],
+    "expanded weights": lambda c: [
+        c[p].update({k: torch.zeros(1).expand(v.shape) for k, v in c[p].items()})
+        for p in ("model", "ema")
+    ],
 }
 
 
@@ -343,8 +492,23 @@ def test_checkpoints_of_other_contents(good, tmp_path, capfd, case):
         saved["optimizer"]["state"] = {}
     (tmp_path / "checkpoints").mkdir()
     torch.save(saved, newest(tmp_path))
-    assert len(refused(capfd, "sample", ["--ckpt", newest(tmp_path), "--out", tmp_path / "out"], f"{newest(tmp_path)} ")) == 1
-    refused(capfd, "train_sra", ["--out", tmp_path], "error: " if case == "no script" else "no checkpoint in")
+    assert (
+        len(
+            refused(
+                capfd,
+                "sample",
+                ["--ckpt", newest(tmp_path), "--out", tmp_path / "out"],
+                f"{newest(tmp_path)} ",
+            )
+        )
+        == 1
+    )
+    refused(
+        capfd,
+        "train_sra",
+        ["--out", tmp_path],
+        "error: " if case == "no script" else "no checkpoint in",
+    )
 
 
 OFFICIAL = {  # changed tensors of a file of official code
@@ -363,8 +527,20 @@ OFFICIAL = {  # changed tensors of a file of official code
 
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_official_checkpoints_of_other_shapes(good, tmp_path, capfd, case):
-    torch.save({**torch.load(good / "official.pt", weights_only=True), **OFFICIAL[case]}, tmp_path / "official.pt")
-    argv = ["--ckpt", tmp_path / "official.pt", "--official", "sit", "--model", "SiT-Ti/2", "--out", tmp_path / "out"]
+    torch.save(
+        {**torch.load(good / "official.pt", weights_only=True), **OFFICIAL[case]},
+        tmp_path / "official.pt",
+    )
+    argv = [
+        "--ckpt",
+        tmp_path / "official.pt",
+        "--official",
+        "sit",
+        "--model",
+        "SiT-Ti/2",
+        "--out",
+        tmp_path / "out",
+    ]
     with little_memory():
         assert len(refused(capfd, "sample", argv, str(tmp_path / "official.pt"))) == 1
 
@@ -386,12 +562,35 @@ def test_names_in_archives_lead_nowhere(good, tmp_path, capfd):
             for name in NAMES:
                 archive.writestr(name + ".npy", b"evil")
     before = files(tmp_path)
-    call("fid", [str(arrays), str(good / "images.npz"), "--features", str(good / "features.pt"), "--metrics", "fid"])
+    call(
+        "fid",
+        [
+            str(arrays),
+            str(good / "images.npz"),
+            "--features",
+            str(good / "features.pt"),
+            "--metrics",
+            "fid",
+        ],
+    )
     assert files(tmp_path) == before
-    argv = ["--ckpt", str(checkpoint), "--num", "2", "--steps", "1", "--out", str(tmp_path / "a" / "b" / "out")]
+    argv = [
+        "--ckpt",
+        str(checkpoint),
+        "--num",
+        "2",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "a" / "b" / "out"),
+    ]
     code, _ = outcome(capfd, "sample", argv)
     made = {os.fsdecode(path) for path in files(tmp_path).keys() - before.keys()}
-    wanted = set() if code else {f"{argv[-1]}/{name}" for name in ("samples.npz", "grid.png", "protocol.json")}
+    wanted = (
+        set()
+        if code
+        else {f"{argv[-1]}/{name}" for name in ("samples.npz", "grid.png", "protocol.json")}
+    )
     assert made == wanted and not os.path.exists("/evil.npy")
 
 
@@ -405,10 +604,26 @@ def test_names_of_class_folders_lead_nowhere(good, tmp_path, capfd):
     (folder / "a b" / "up").symlink_to("..")
     before, flags = files(tmp_path), ["--data", folder, "--out", tmp_path / "out"]
     assert outcome(capfd, "train_sra", flags) == (0, [])
-    assert outcome(capfd, "train_sra", [*latents(good), *flags[:2], "--latents", tmp_path / "l", "--out", tmp_path / "out2"])[0] == 0
-    assert outcome(capfd, "sample", ["--ckpt", tmp_path / "out", "--num", 2, "--steps", 1, "--png", "--out", tmp_path / "s"]) == (0, [])
+    assert (
+        outcome(
+            capfd,
+            "train_sra",
+            [*latents(good), *flags[:2], "--latents", tmp_path / "l", "--out", tmp_path / "out2"],
+        )[0]
+        == 0
+    )
+    assert outcome(
+        capfd,
+        "sample",
+        ["--ckpt", tmp_path / "out", "--num", 2, "--steps", 1, "--png", "--out", tmp_path / "s"],
+    ) == (0, [])
     protocol = json.loads((tmp_path / "s" / "protocol.json").read_text())
     assert protocol["checkpoint"]["class_names"] == sorted(names)
-    made = {os.fsdecode(os.path.relpath(path, os.fsencode(tmp_path))) for path in files(tmp_path).keys() - before.keys()}
+    made = {
+        os.fsdecode(os.path.relpath(path, os.fsencode(tmp_path)))
+        for path in files(tmp_path).keys() - before.keys()
+    }
     assert {name.split("/")[0] for name in made} == {"out", "out2", "l", "s"}
-    assert json.loads((tmp_path / "l").read_bytes()[:MIB].rstrip(b"\0"))["count"] == len(names)  # and not 3 more
+    assert json.loads((tmp_path / "l").read_bytes()[:MIB].rstrip(b"\0"))["count"] == len(
+        names
+    )  # and not 3 more

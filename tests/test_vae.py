@@ -22,7 +22,11 @@ def write_safetensors(path, tensors, pad=0, **metadata):
     for name, tensor in tensors.items():
         content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
         offsets = [len(data), len(data) + len(content)]
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         data += content
     write_raw(path, json.dumps(header).encode() + b" " * pad, data)
 
@@ -32,7 +36,9 @@ def write_raw(path, header, data=b"", length=None):
 
 
 def write(path, tensors):
-    (write_safetensors if path.suffix == ".safetensors" else lambda p, t: torch.save(t, p))(path, tensors)
+    (write_safetensors if path.suffix == ".safetensors" else lambda p, t: torch.save(t, p))(
+        path, tensors
+    )
     return path
 
 
@@ -48,8 +54,13 @@ def one_line_error(function, path, *words):
 def old_names(g, state, as_convolutions):
     """The same weights under the older names of the attention."""
     old = g.meta["old_attention_names"]
-    reshape = (lambda t: t[:, :, None, None] if t.ndim == 2 else t) if as_convolutions else (lambda t: t)
-    return {old.get(name, name): reshape(tensor) if name in old else tensor for name, tensor in state.items()}
+    reshape = (
+        (lambda t: t[:, :, None, None] if t.ndim == 2 else t) if as_convolutions else (lambda t: t)
+    )
+    return {
+        old.get(name, name): reshape(tensor) if name in old else tensor
+        for name, tensor in state.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,9 @@ def test_tiny_network(tmp_path, suffix):
     g.check("logvar", logvar)
     g.check("decoded", vae.decode(g.inputs["z"]))
     g.all_checked()
-    assert not vae.training and all(p.dtype == torch.float32 and not p.requires_grad for p in vae.parameters())
+    assert not vae.training and all(
+        p.dtype == torch.float32 and not p.requires_grad for p in vae.parameters()
+    )
     assert vae.latent_channels == 4 and vae.factor == 2
 
 
@@ -96,7 +109,9 @@ def test_names_and_shapes_of_the_default_network():
         vae = AutoencoderKL()
     ours = {name: list(tensor.shape) for name, tensor in vae.state_dict().items()}
     assert ours == {name: shape for name, (shape, _) in STATE_DICTS["vae_sd"].items()}
-    assert {module.eps for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)} == {1e-6}  # 1e-5 is within the tolerance
+    assert {module.eps for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)} == {
+        1e-6
+    }  # 1e-5 is within the tolerance
 
 
 def test_formats_and_attention_names_give_one_network_and_one_hash(tiny, tmp_path):
@@ -110,7 +125,9 @@ def test_formats_and_attention_names_give_one_network_and_one_hash(tiny, tmp_pat
     files.append(tmp_path / "disguised.bin")  # formats are told apart by content
     files[-1].write_bytes(files[0].read_bytes())
     loaded = [load_vae(path, groups=16) for path in files]
-    literal = hashlib.sha256(b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+    literal = hashlib.sha256(
+        b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state))
+    ).hexdigest()
     assert {digest for _, digest in loaded} == {literal}
     for vae, _ in loaded:
         for name, tensor in vae.state_dict().items():
@@ -126,9 +143,17 @@ def test_weights_of_other_precisions_become_float32(tiny, tmp_path, dtype):
     for suffix in ("safetensors", "bin"):
         vae, digest = load_vae(write(tmp_path / f"vae.{suffix}", state), groups=16)
         hashes.add(digest)
-        assert all(t.dtype == torch.float32 and torch.equal(t, state[n].float()) for n, t in vae.state_dict().items())
+        assert all(
+            t.dtype == torch.float32 and torch.equal(t, state[n].float())
+            for n, t in vae.state_dict().items()
+        )
     assert len(hashes) == 1
-    assert load_vae(write(tmp_path / "float32.bin", {n: t.float() for n, t in state.items()}), groups=16)[1] in hashes
+    assert (
+        load_vae(
+            write(tmp_path / "float32.bin", {n: t.float() for n, t in state.items()}), groups=16
+        )[1]
+        in hashes
+    )
 
 
 def test_chunks_change_nothing(tiny_file):
@@ -140,7 +165,9 @@ def test_chunks_change_nothing(tiny_file):
     assert images.shape == x.shape and not images.requires_grad
     sizes = []
     vae.quant_conv.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    vae.post_quant_conv.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    vae.post_quant_conv.register_forward_hook(
+        lambda module, inputs, output: sizes.append(len(output))
+    )
     for chunk in (1, 2):
         for ours, expected in zip(vae.encode(x, chunk=chunk), whole):
             torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
@@ -164,8 +191,15 @@ def test_log_variance_is_clamped_and_sides_are_checked(tiny_file):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("pad", range(8))
 def test_every_dtype_at_every_alignment(tmp_path, pad):
-    tensors = {name: torch.arange(-3, 3).to(dtype).view(2, 3) for name, dtype in SAFETENSORS_DTYPES.items()}
-    tensors |= {"odd": torch.tensor([7], dtype=torch.uint8), "scalar": torch.tensor(2.5), "none": torch.zeros(0, 3), "last": torch.ones(2)}
+    tensors = {
+        name: torch.arange(-3, 3).to(dtype).view(2, 3) for name, dtype in SAFETENSORS_DTYPES.items()
+    }
+    tensors |= {
+        "odd": torch.tensor([7], dtype=torch.uint8),
+        "scalar": torch.tensor(2.5),
+        "none": torch.zeros(0, 3),
+        "last": torch.ones(2),
+    }
     write_safetensors(tmp_path / "all.safetensors", tensors, pad=pad, format="pt")
     loaded = read_safetensors(tmp_path / "all.safetensors")
     assert list(loaded) == list(tensors)
@@ -224,7 +258,10 @@ BROKEN = {  # header, data, length if it is not the header's
     "end before begin": (entry(shape=[0], offsets=[8, 0]), bytes(8)),
     "three offsets": (entry(offsets=[0, 4, 8]), bytes(8)),
     "huge offsets": (entry(offsets=[2**80, 2**80 + 8]), bytes(8)),
-    "name of several lines": (entry(shape=[3]).replace(b'"a"', json.dumps("x\ny\ud800" * 5000).encode()), bytes(8)),
+    "name of several lines": (
+        entry(shape=[3]).replace(b'"a"', json.dumps("x\ny\ud800" * 5000).encode()),
+        bytes(8),
+    ),
 }
 
 
@@ -262,13 +299,18 @@ class Hostile:
 
 
 def test_code_in_a_file_does_not_run(tiny, tmp_path):
-    for name, save in (("zip.bin", torch.save), ("raw.bin", lambda content, path: path.write_bytes(pickle.dumps(content)))):
+    for name, save in (
+        ("zip.bin", torch.save),
+        ("raw.bin", lambda content, path: path.write_bytes(pickle.dumps(content))),
+    ):
         save({**tiny[1], "quant_conv.bias": Hostile(tmp_path / "ran")}, tmp_path / name)
         one_line_error(load_vae, tmp_path / name, "cannot be read")
         assert not (tmp_path / "ran").exists()
         with pytest.raises(FileExistsError):  # the trap works
             (tmp_path / "ran").mkdir()
-            torch.load(tmp_path / name, weights_only=False) if name == "zip.bin" else pickle.loads((tmp_path / name).read_bytes())
+            torch.load(tmp_path / name, weights_only=False) if name == "zip.bin" else pickle.loads(
+                (tmp_path / name).read_bytes()
+            )
         (tmp_path / "ran").rmdir()
 
 
@@ -277,18 +319,50 @@ def test_keys_that_do_not_fit_are_named(tiny, tmp_path):
     del state["decoder.conv_out.bias"], state["encoder.mid_block.attentions.0.to_q.weight"]
     state["surprise\nweight"] = torch.zeros(2)
     state["quant_conv.bias"] = torch.zeros(5)
-    words = ["missing decoder.conv_out.bias, encoder.mid_block.attentions.0.to_q.weight", "unexpected surprise\\nweight"]
+    words = [
+        "missing decoder.conv_out.bias, encoder.mid_block.attentions.0.to_q.weight",
+        "unexpected surprise\\nweight",
+    ]
     for suffix in ("safetensors", "bin"):
         path = write(tmp_path / f"bad.{suffix}", state)
-        one_line_error(lambda p: load_vae(p, groups=16), path, *words, "wrong shape quant_conv.bias (5,) for (8,)")
-    without_decoder = {name: tensor for name, tensor in tiny[1].items() if not name.startswith("decoder")}
-    one_line_error(lambda p: load_vae(p, groups=16), write(tmp_path / "half.bin", without_decoder), "decoder.conv_in.bias", " more")
-    for name in ("encoder.down_blocks.1.resnets.0.conv1.weight", "post_quant_conv.weight"):  # the architecture is read from these
-        one_line_error(load_vae, write(tmp_path / "less.bin", {n: t for n, t in tiny[1].items() if n != name}), name)
+        one_line_error(
+            lambda p: load_vae(p, groups=16),
+            path,
+            *words,
+            "wrong shape quant_conv.bias (5,) for (8,)",
+        )
+    without_decoder = {
+        name: tensor for name, tensor in tiny[1].items() if not name.startswith("decoder")
+    }
+    one_line_error(
+        lambda p: load_vae(p, groups=16),
+        write(tmp_path / "half.bin", without_decoder),
+        "decoder.conv_in.bias",
+        " more",
+    )
+    for name in (
+        "encoder.down_blocks.1.resnets.0.conv1.weight",
+        "post_quant_conv.weight",
+    ):  # the architecture is read from these
+        one_line_error(
+            load_vae,
+            write(tmp_path / "less.bin", {n: t for n, t in tiny[1].items() if n != name}),
+            name,
+        )
     g = EvalGolden("vae_tiny")
     twice = {**tiny[1], **old_names(g, tiny[1], False)}
-    one_line_error(lambda p: load_vae(p, groups=16), write(tmp_path / "two.safetensors", twice), "twice", "to_q")
-    one_line_error(lambda p: load_vae(p, groups=24), write(tmp_path / "vae.bin", tiny[1]), "32, 64 channels", "24 groups")
+    one_line_error(
+        lambda p: load_vae(p, groups=16),
+        write(tmp_path / "two.safetensors", twice),
+        "twice",
+        "to_q",
+    )
+    one_line_error(
+        lambda p: load_vae(p, groups=24),
+        write(tmp_path / "vae.bin", tiny[1]),
+        "32, 64 channels",
+        "24 groups",
+    )
 
 
 def other_files(state):
@@ -303,13 +377,28 @@ def other_files(state):
         "training.pt": ({"model": dit, "ema": dit, "step": 3}, "no state dict"),
         "list.pt": ([1], "no state dict"),
         "numbers.pt": ({1: torch.zeros(2)}, "no state dict"),
-        "integers.bin": ({**state, "quant_conv.bias": torch.zeros(8, dtype=torch.int64)}, "floating point"),
+        "integers.bin": (
+            {**state, "quant_conv.bias": torch.zeros(8, dtype=torch.int64)},
+            "floating point",
+        ),
         "meta.bin": ({**state, "quant_conv.bias": torch.zeros(8, device="meta")}, "floating point"),
         "sparse.bin": ({**state, "quant_conv.bias": torch.zeros(8).to_sparse()}, "floating point"),
-        "expanded.bin": ({**state, first: torch.zeros(1).expand(4096, 4096, 3, 3)}, "smaller than its tensors"),
-        "nothing.safetensors": ({**state, first: torch.zeros(1 << 40, 0, 3, 3)}, "no convolution encoder.down_blocks.0"),
-        "flat.safetensors": ({**state, first: torch.zeros(32)}, "no convolution encoder.down_blocks.0"),
-        "scalar.bin": ({**state, "encoder.conv_in.weight": torch.tensor(1.0)}, "no convolution encoder.conv_in"),
+        "expanded.bin": (
+            {**state, first: torch.zeros(1).expand(4096, 4096, 3, 3)},
+            "smaller than its tensors",
+        ),
+        "nothing.safetensors": (
+            {**state, first: torch.zeros(1 << 40, 0, 3, 3)},
+            "no convolution encoder.down_blocks.0",
+        ),
+        "flat.safetensors": (
+            {**state, first: torch.zeros(32)},
+            "no convolution encoder.down_blocks.0",
+        ),
+        "scalar.bin": (
+            {**state, "encoder.conv_in.weight": torch.tensor(1.0)},
+            "no convolution encoder.conv_in",
+        ),
     }
 
 
@@ -328,15 +417,29 @@ def test_other_files_are_refused(tiny, tmp_path):
 
 def test_tensors_that_share_their_bytes_are_refused(tiny, tmp_path):
     """A file of a few bytes may claim any number of tensors of that size."""
-    header = {name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [0, t.nbytes]} for name, t in tiny[1].items()}
-    write_raw(tmp_path / "same.safetensors", json.dumps(header).encode(), bytes(max(t.nbytes for t in tiny[1].values())))
+    header = {
+        name: {"dtype": "F32", "shape": list(t.shape), "data_offsets": [0, t.nbytes]}
+        for name, t in tiny[1].items()
+    }
+    write_raw(
+        tmp_path / "same.safetensors",
+        json.dumps(header).encode(),
+        bytes(max(t.nbytes for t in tiny[1].values())),
+    )
     one_line_error(load_vae, tmp_path / "same.safetensors", "smaller than its tensors")
 
 
 def test_parity_with_diffusers(tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: the stored values above stand for it")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers is not installed: the stored values above stand for it"
+    )
     torch.manual_seed(0)
-    config = {"block_out_channels": (32, 32, 64), "layers_per_block": 1, "norm_num_groups": 32, "latent_channels": 4}
+    config = {
+        "block_out_channels": (32, 32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+        "latent_channels": 4,
+    }
     down, up = 3 * ["DownEncoderBlock2D"], 3 * ["UpDecoderBlock2D"]
     theirs = diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, **config).eval()
     theirs.save_pretrained(tmp_path / "new")
@@ -348,7 +451,9 @@ def test_parity_with_diffusers(tmp_path):
         posterior = theirs.encode(x).latent_dist
         for value, expected in zip(ours.encode(x), (posterior.mean, posterior.logvar)):
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours.decode(posterior.mean), theirs.decode(posterior.mean).sample, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ours.decode(posterior.mean), theirs.decode(posterior.mean).sample, atol=1e-5, rtol=1e-5
+        )
     assert models.VAE_SCALE == theirs.config.scaling_factor
 
 
