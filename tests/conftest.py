@@ -1,23 +1,27 @@
-"""Shared by the tests: the repository root on the path, and readers for the reference values in tests/goldens (see its README files)."""
+"""What the tests share: reference values, running scripts, what a run leaves, small networks."""
 
+import contextlib
+import importlib
 import json
 import math
 import os
+import signal
+import socket
+import subprocess
 import sys
+import time
+import warnings
 import zlib
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # of the processes that tests start: several share a few cores
-if (
-    "TEST_CUDA" not in os.environ
-):  # the tests are about the CPU; TEST_CUDA=1 pytest -k cuda runs those that need a GPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share a few cores
+if "TEST_CUDA" not in os.environ:  # TEST_CUDA=1 pytest -k cuda runs what needs a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -27,20 +31,37 @@ CORE = {case["case"]: case for case in json.loads((GOLDENS / "manifest_core.json
 EVAL = {case["case"]: case for case in json.loads((GOLDENS / "manifest_eval.json").read_text())}
 STATE_DICTS = json.loads((GOLDENS / "eval_state_dicts.json").read_text())
 
+METHODS = {
+    "train_sra": "SRA",
+    "train_mdt": "MaskDiT",
+    "train_discriminative": "SDDiT",
+    "train_selftranscendence": "SelfTranscendence",
+    "train_diversedit": "DiverseDiT",
+}
+TINY = "--model DiT-Ti/8 --image-size 16 --batch-size 4 --lr 1e-3 --log-every 3"
+NETWORK = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "num_classes": 10,
+}
 
-@pytest.fixture(autouse=True)
-def put_back_excepthook(monkeypatch):
-    """The training scripts set it, and some tests run them in this process."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+close = torch.testing.assert_close
+
+
+# Reference values (tests/goldens/README_*.md)
 
 
 def recipe_draw(*key):
-    """The generator of one named array: numpy's legacy RandomState seeded with the crc32 of "salt:name" or "salt:case:input"."""
+    """Generator of a named array: RandomState of the crc32 of "salt:name" or "salt:case:input"."""
     return np.random.RandomState(zlib.crc32(":".join(key).encode()))
 
 
 def recipe_tensor(salt, name, shape, kind=None, gain=1.0):
-    """A weight by the recipe of README_core (kind None) or README_eval (kind w, b, g, v); float32."""
+    """A weight by the recipe of README_core (kind None) or README_eval (w, b, g, v); float32."""
     draw = recipe_draw(salt, name).standard_normal(shape)
     if kind is None:
         kind = "w" if len(shape) > 1 else "g" if name.endswith("norm.weight") else "b"
@@ -54,24 +75,25 @@ def recipe_tensor(salt, name, shape, kind=None, gain=1.0):
 
 
 class Golden:
-    """One reference case: `g.inputs[name]`, `g.outputs[name]` as tensors, `g.check(name, value)` at the manifest's own tolerance."""
+    """One reference case: `inputs` and `outputs` by name, and `check(name, value)`.
+
+    The tolerance is the manifest's own.
+    """
 
     def __init__(self, case):
         self.meta = CORE[case]
         arrays = np.load(GOLDENS / self.meta["file"])
         self.config = self.meta.get("config", {})
-        self.inputs = {
-            name: torch.from_numpy(arrays[spec["key"]])
-            for name, spec in self.meta["inputs"].items()
-        }
-        self.outputs = {
-            name: torch.from_numpy(arrays[spec["key"]])
-            for name, spec in self.meta["outputs"].items()
-        }
+        self.inputs = {}
+        for name, spec in self.meta["inputs"].items():
+            self.inputs[name] = torch.from_numpy(arrays[spec["key"]])
+        self.outputs = {}
+        for name, spec in self.meta["outputs"].items():
+            self.outputs[name] = torch.from_numpy(arrays[spec["key"]])
         self.checked = set()
 
     def weights(self, salt_key="salt"):
-        """State dict by the recipe; pos_embed is left out (it keeps the constructor's sin-cos values)."""
+        """State dict by the recipe, without position embeddings (the constructor's values)."""
         spec = self.meta["weights"]
         return {
             name: recipe_tensor(spec[salt_key], name, shape)
@@ -79,14 +101,16 @@ class Golden:
             if name not in ("pos_embed", "decoder_pos_embed")
         }
 
+    def network(self):
+        """The arguments of a plain network of this case."""
+        return {name: self.config[name] for name in NETWORK}
+
     def check(self, name, value, **tolerance):
         tol = {**self.meta["tolerance"], **self.meta["outputs"][name].get("tol", {}), **tolerance}
         expected = self.outputs[name]
-        value = torch.as_tensor(value)
-        assert tuple(value.shape) == tuple(expected.shape), (
-            f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
-        )
-        torch.testing.assert_close(
+        value = torch.as_tensor(value).detach()
+        assert tuple(value.shape) == tuple(expected.shape), (name, value.shape, expected.shape)
+        close(
             value.double(),
             expected.double(),
             rtol=tol["rtol"],
@@ -96,21 +120,22 @@ class Golden:
         self.checked.add(name)
 
     def all_checked(self, *but):
-        """Every output of the case was compared (but those named, for which the caller states why)."""
-        assert self.checked | set(but) == set(self.outputs), (
-            f"not compared: {set(self.outputs) - self.checked - set(but)}"
-        )
+        """Every output of the case was compared, except those named by a caller with a reason."""
+        missing = set(self.outputs) - self.checked - set(but)
+        assert not missing, f"not compared: {missing}"
 
 
 class EvalGolden(Golden):
-    """A case of README_eval: inputs are drawn by its recipe, weights come with their kinds; gradients have a tolerance of their own."""
+    """A case of README_eval: inputs are drawn by its recipe, weights come with their kinds."""
 
     def __init__(self, case):
         self.meta = EVAL[case]
         arrays = np.load(GOLDENS / self.meta["file"])
-        self.config, self.salt = self.meta.get("config", {}), self.meta["salt"]
+        self.config = self.meta.get("config", {})
+        self.salt = self.meta["salt"]
         self.outputs = {name: torch.from_numpy(arrays[name]) for name in self.meta["outputs"]}
-        self.inputs, self.checked = {}, set()
+        self.checked = set()
+        self.inputs = {}
         for name, spec in self.meta["inputs"].items():
             if isinstance(spec, list):
                 self.inputs[name] = torch.tensor(spec)
@@ -127,8 +152,8 @@ class EvalGolden(Golden):
         spec = STATE_DICTS[state_dict or self.meta["state_dict"]]
         spec = STATE_DICTS[spec["same_as"]] if "same_as" in spec else spec
         return {
-            n: recipe_tensor(salt or self.salt, n, shape, kind)
-            for n, (shape, kind) in spec.items()
+            name: recipe_tensor(salt or self.salt, name, shape, kind)
+            for name, (shape, kind) in spec.items()
             if kind != "keep"
         }
 
@@ -141,3 +166,309 @@ def golden():
 @pytest.fixture
 def eval_golden():
     return EvalGolden
+
+
+def official_state(golden, salt_key="salt"):
+    """The official state dict of a core case, position embedding included."""
+    from models import position_embedding
+
+    state = golden.weights(salt_key)
+    shape = golden.meta["weights"]["state_dict"].get("pos_embed")
+    if shape:
+        state["pos_embed"] = position_embedding(shape[2], int(shape[1] ** 0.5))
+    return state
+
+
+# Small networks and methods
+
+
+def fill(module, salt):
+    """Weights by the recipe, in place of the zeros that hide a block; returns the module."""
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(recipe_tensor(salt, name, tuple(parameter.shape)))
+    return module
+
+
+def tiny(**changes):
+    """A network of four blocks, 3 x 8 x 8 images and ten classes."""
+    from models import DiT
+
+    return fill(
+        DiT(**{**NETWORK, "hidden_size": 48, "depth": 4, "num_heads": 3, **changes}), "test"
+    )
+
+
+def official_dit(**changes):
+    """A network that `--model DiT-Ti/2` names, with the official code's four channels."""
+    shape = {"hidden_size": 128, "depth": 6, "num_heads": 4, "in_channels": 4, "learn_sigma": True}
+    return tiny(**{**shape, **changes})
+
+
+def save_vae(path, seed=0, gain=1.0):
+    """Weights of a small VAE, 4 channels and 8 pixels a side; returns the network."""
+    from models import AutoencoderKL
+
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(channels=(32, 32, 32, 32), layers=1)
+    for parameter in vae.parameters():
+        parameter.data.mul_(gain)
+    torch.save(vae.state_dict(), path)
+    return vae
+
+
+def one_by_one(method, images, labels, draws, name):
+    """A term of the loss for every image alone: (N,)."""
+    values = []
+    for k in range(len(images)):
+        row = slice(k, k + 1)
+        own = {key: draw[row] for key, draw in draws.items()}
+        values.append(method(images[row], labels[row], **own)[name])
+    return torch.stack(values).detach()
+
+
+def assert_gradients(method, frozen=("ema.",), unused=()):
+    """Every trainable parameter has a gradient that is not zero; what is frozen has none."""
+    for name, parameter in method.named_parameters():
+        if name.startswith(frozen):
+            assert parameter.grad is None and not parameter.requires_grad, name
+        else:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert name in unused or parameter.grad.abs().sum() > 0, name
+
+
+def assert_plain(method, sent, x0, y, t, draws):
+    """A method without its own terms: loss and gradients of the network trained directly.
+
+    `sent`: the labels that the network gets. Returns the loss.
+    """
+    diffusion = method.diffusion
+    terms = method(x0, y, t=t, **draws)
+    assert not any(value for name, value in terms.items() if name not in ("loss", "denoise"))
+    parameters = list(method.model.parameters())
+    own = torch.autograd.grad(terms["loss"], parameters, materialize_grads=True)
+    x_t = diffusion.add_noise(x0, draws["noise"], t)
+    out = method.model(*diffusion.net_inputs(x_t, t), sent)
+    direct = diffusion.loss(out, x0, draws["noise"], t).mean()
+    assert torch.equal(terms["loss"], direct)
+    expected = torch.autograd.grad(direct, parameters, materialize_grads=True)
+    assert all(torch.equal(a, b) for a, b in zip(own, expected))
+    return direct
+
+
+# Images
+
+
+def make_folder(path, classes=("ant", "bee"), each=4, size=20):
+    """An image folder of random pixels."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (path / name).mkdir(parents=True)
+        for k in range(each):
+            pixels = rng.integers(0, 256, (size, size, 3), np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{k}.png")
+    return path
+
+
+# Running scripts, in this process and in others
+
+
+def words(*flags):
+    """Flags of a command line; a string may hold several."""
+    return " ".join(map(str, flags)).split()
+
+
+def method_class(script):
+    return getattr(importlib.import_module(script), METHODS[script])
+
+
+def call(script, *flags, method=None):
+    """The script's main in this process; sys.argv and signal handlers are put back."""
+    module = importlib.import_module(script)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    argv = sys.argv
+    hook = sys.excepthook
+    sys.argv = [f"{script}.py"]
+    try:
+        if script == "fid":
+            module.main(words(*flags, "--device cpu"))
+        elif script == "sample":
+            module.main(module.parse_args(words(*flags)))
+        else:
+            args = module.parse_args(words(TINY, *flags))
+            module.main(method or method_class(script), args)
+    finally:
+        sys.argv = argv
+        sys.excepthook = hook
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def train(out, *flags, script="train_sra", method=None):
+    """Train a tiny network in this process."""
+    call(script, *flags, "--out", out, method=method)
+
+
+def terminate_after(step, script="train_sra"):
+    """A method that is sent SIGTERM during that 0-based step: the run stops after it and saves."""
+
+    class Interrupted(method_class(script)):
+        def after_step(self, now, steps):
+            super().after_step(now, steps)
+            if now == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return Interrupted
+
+
+def outcome(capfd, script, *flags):
+    """Exit code and lines on stderr, Python's warnings with them, progress bars without."""
+    capfd.readouterr()
+    code = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            call(script, *flags)
+        except SystemExit as stop:
+            code = stop.code
+    lines = [line for line in capfd.readouterr().err.split("\n") if line and "\r" not in line]
+    silent = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+    shown = [str(w.message) for w in caught if not issubclass(w.category, silent)]
+    return code, shown + lines
+
+
+def one_line(capfd, script, *flags):
+    """The script must end with exit code 2 and one line on stderr, which is returned."""
+    code, lines = outcome(capfd, script, *flags)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}.py: error: "), lines
+    return lines[0]
+
+
+def command(script, *flags, processes=1):
+    """A command line, under torchrun for several processes."""
+    launch = []
+    if processes > 1:
+        launch = words("-m torch.distributed.run --standalone --nproc_per_node", processes)
+    return [sys.executable, *launch, str(ROOT / f"{script}.py"), *words(*flags)]
+
+
+def run(script, *flags, processes=1, code=0):
+    """The script as a user runs it."""
+    line = command(script, *flags, processes=processes)
+    result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def wait_for(happened, process, timeout=120):
+    """Whether it happened before the process ended."""
+    deadline = time.time() + timeout
+    while process.poll() is None and time.time() < deadline:
+        if happened():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank, port, world=2):
+    """Make this process one of a group, as torchrun does."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
+@contextlib.contextmanager
+def process_group(rank, port, world=2):
+    as_rank(rank, port, world)
+    torch.distributed.init_process_group("gloo")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+# What a run leaves. Only the functions down to `assert_same_run` know how a checkpoint is laid out.
+
+STATE = ("model", "ema", "method", "optimizer", "step")
+
+
+def checkpoint_path(out, step):
+    return Path(out) / "checkpoints" / f"{step:07d}.pt"
+
+
+def saved_steps(out):
+    return sorted(int(path.stem) for path in (Path(out) / "checkpoints").glob("*.pt"))
+
+
+def checkpoint(out, step):
+    return torch.load(checkpoint_path(out, step), weights_only=True)
+
+
+def network_state(out, step, part="ema"):
+    """Weights of the network (part "model") or of its average ("ema") in a checkpoint."""
+    return checkpoint(out, step)[part]
+
+
+def method_state(out, step):
+    """What the method has beside network and average: heads, teachers, centres."""
+    return checkpoint(out, step)["method"]
+
+
+def change_average(out, step, change):
+    """Apply a function to every tensor of the average in a checkpoint."""
+    saved = checkpoint(out, step)
+    saved["ema"] = {name: change(tensor) for name, tensor in saved["ema"].items()}
+    torch.save(saved, checkpoint_path(out, step))
+
+
+def save_teacher(path, model, ema=None, **args):
+    """A checkpoint of a network alone, as the scripts write it; returns its path."""
+    content = {"model": model.state_dict(), "ema": (ema or model).state_dict()}
+    content |= {"method": {}, "optimizer": {}, "step": 1, "log": torch.zeros(0)}
+    content["args"] = {"network": model.config, "diffusion": "flow", **args}
+    torch.save(content, path)
+    return path
+
+
+def assert_same(a, b, path=""):
+    """Bitwise equality of nested dicts, lists and tensors."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert set(a) == set(b), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for k, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}/{k}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def assert_same_run(a, b, step):
+    """Two runs hold bitwise the same weights, average, method state and optimizer."""
+    states = [checkpoint(out, step) for out in (a, b)]
+    assert_same(*({part: s[part] for part in STATE if part in s} for s in states))
+
+
+def log_lines(out):
+    """log.jsonl without the records of starts and without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "step" in line]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+def logged(out, step):
+    """A function: has the log come to that step?"""
+    log = Path(out) / "log.jsonl"
+    return lambda: log.exists() and f'"step": {step},' in log.read_text()
