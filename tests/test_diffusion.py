@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import close
 
 from diffusion import (
     DDPM,
@@ -45,7 +46,7 @@ def test_sit_transport(golden):
         g.check(f"{name}_noise", flow.noise(-i["score_v"], i["score_x"], score_t))
         # "back" is the velocity recovered from the score: ours must map it to that same score.
         back = flow.score(-g.outputs[f"{name}_back"], i["score_x"], score_t)
-        torch.testing.assert_close(back, g.outputs[f"{name}_score"], rtol=1e-5, atol=5e-4)
+        close(back, g.outputs[f"{name}_score"], rtol=1e-5, atol=5e-4)
     g.all_checked("linear_back", "gvp_back")
 
 
@@ -58,39 +59,34 @@ def repa_net(dtypes):
     return net
 
 
-def test_repa_samplers(golden):
+def test_repa_samplers(golden, monkeypatch):
     g = golden("repa_samplers")
     z, y, flow = g.inputs["z"], g.inputs["y"], Flow()
     steps, calls = g.config["num_steps"], g.config["network_calls_total_and_with_doubled_batch"]
     g.check("grid_ode", flow.times(steps))
-    seen = []
     for name in ("euler", "heun", "sde"):
         for suffix in ("", "_cfg"):
             log = []
             net = repa_net(log)
             if suffix:
-                net = Guided(
-                    net,
-                    g.config["cfg_scale"],
-                    1000,
-                    (g.config["guidance_low"], g.config["guidance_high"]),
-                )
+                interval = g.config["guidance_low"], g.config["guidance_high"]
+                net = Guided(net, g.config["cfg_scale"], 1000, interval)
             if name == "sde":
                 times = []
-                plain = flow.velocity
-                flow.velocity = lambda out, x, t, plain=plain, times=times: (
-                    times.append(t[0].item()),
-                    plain(out, x, t),
-                )[1]
+
+                def velocity(out, x, t, times=times):
+                    times.append(t[0].item())
+                    return Flow.velocity(flow, out, x, t)
+
+                monkeypatch.setattr(flow, "velocity", velocity)
                 x = sample_sde(net, flow, z, y, steps, replay(g.inputs["noises"]))
-                del flow.velocity
+                monkeypatch.undo()
                 g.check("grid_sde", torch.tensor([*times, 0.0], dtype=torch.float64))
             else:
                 x = sample_ode(net, flow, z, y, steps, solver=name)
             assert x.dtype == torch.float64 and all(dtype == torch.float32 for dtype, _ in log)
             assert [len(log), sum(n == 2 * len(z) for _, n in log)] == calls[name + suffix]
             g.check(name + suffix, x)
-            seen.append(x)
     i = g.inputs
     g.check("score_linear", flow.score(i["score_v"], i["score_x"], i["score_t"]))
     g.check("score_cosine", Flow("gvp").score(i["score_v"], i["score_x"], i["score_t"]))
@@ -98,7 +94,7 @@ def test_repa_samplers(golden):
 
 
 def test_edm_sampler(golden):
-    """The golden's denoiser D is turned into a raw output F, which the preconditioning turns back into D."""
+    """The golden's denoiser D is turned into a raw output F, and back by the preconditioning."""
     g = golden("edm_sampler")
     edm = EDM()
     z = g.inputs["z"]
@@ -121,15 +117,12 @@ def test_edm_sampler(golden):
     for name in ("churn_a", "churn_b"):
         churn = {k: float(v) for k, v in g.config[name].items()}
         calls.clear()
-        g.check(
-            f"x_edm_{name}",
-            sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), torch.float64, churn),
-        )
-        g.check(f"calls_{name}", torch.tensor(calls, dtype=torch.float64))
-        g.check(
-            f"x_maskdit_{name}",
-            sample_sde(net, edm, z, y, 18, replay(g.inputs["noises"]), churn=churn),
-        )
+        for code, dtype in (("edm", torch.float64), ("maskdit", torch.float32)):
+            draw = replay(g.inputs["noises"])
+            x = sample_sde(net, edm, z, y, 18, draw, dtype, churn)
+            g.check(f"x_{code}_{name}", x)
+            if code == "edm":
+                g.check(f"calls_{name}", torch.tensor(calls, dtype=torch.float64))
     g.all_checked()
 
 
@@ -193,7 +186,7 @@ def test_ddpm(golden):
 
 
 class Mixture:
-    """Two Gaussians in two dimensions (pixels of a (1, 1, 2) image): the exact E[x_0 | x_t] for x_t = a x_0 + s eps."""
+    """Two Gaussians in two dimensions, with the exact E[x_0 | x_t] for x_t = a x_0 + s eps."""
 
     means = torch.tensor([[0.6, -0.3], [-0.4, 0.5]], dtype=torch.float64)
     factors = torch.tensor(
@@ -271,8 +264,8 @@ SOLVERS = [
 def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
     """The exact denoiser of a mixture must be sampled back to its mean and covariance.
 
-    ODE: 4,096 quasi-random starting points. SDE: 10,000 random ones, whose own sampling error is about 0.005. Flow's SDE ends with one
-    noise-free step from 0.04 (REPA), which leaves 0.04 of noise per pixel (variance 0.0016).
+    ODE: 4,096 quasi-random starting points. SDE: 10,000, whose own sampling error is about 0.005.
+    Flow's SDE ends with a noise-free step from 0.04 (REPA), which leaves a variance of 0.0016.
     """
     mixture, n = Mixture(), 10000 if solver == "sde" else 4096
     generator = torch.Generator().manual_seed(0)
@@ -281,17 +274,12 @@ def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
     y = torch.zeros(n, dtype=torch.int64)
     net = exact_net(diffusion, mixture)
     if solver == "sde":
-        draw = lambda: torch.randn(n, 1, 1, 2, generator=generator)  # noqa: E731
-        x = sample_sde(
-            net,
-            diffusion,
-            noise,
-            y,
-            steps,
-            draw,
-            torch.float64,
-            {"S_churn": 20.0} if isinstance(diffusion, EDM) else None,
-        )
+        churn = {"S_churn": 20.0} if isinstance(diffusion, EDM) else None
+
+        def draw():
+            return torch.randn(n, 1, 1, 2, generator=generator)
+
+        x = sample_sde(net, diffusion, noise, y, steps, draw, torch.float64, churn)
     else:
         x = sample_ode(net, diffusion, noise, y, steps, solver, torch.float64)
     x = x.flatten(1)
@@ -299,49 +287,41 @@ def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
     if isinstance(diffusion, Flow) and solver == "sde":
         cov = cov + 0.0016 * torch.eye(2)
     atol = 0.015 if solver == "sde" else 0.005
-    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=atol)
-    torch.testing.assert_close(x.T.cov(), cov, rtol=0, atol=atol)
+    close(x.mean(0), mean, rtol=0, atol=atol)
+    close(x.T.cov(), cov, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", DIFFUSIONS)
 def test_target_denoise_and_loss_agree(name):
     """A perfect output has zero (squared-error) loss and denoises to x_0 exactly."""
     diffusion = make_diffusion(name)
-    x0, noise = torch.randn(
-        2, 64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    x0, noise = torch.randn(2, 64, 3, 4, 4, dtype=torch.float64, generator=generator)
     torch.manual_seed(0)
     t = diffusion.draw_t(64, "cpu")
     x_t = diffusion.add_noise(x0, noise, t)
     out = diffusion.target(x0, noise, t)
-    torch.testing.assert_close(
-        diffusion.denoise(out, x_t, t), x0, rtol=1e-5, atol=2e-4 if name == "edm" else 1e-6
-    )
+    close(diffusion.denoise(out, x_t, t), x0, rtol=1e-5, atol=2e-4 if name == "edm" else 1e-6)
     if name == "ddpm":
         out = torch.cat([out, torch.zeros_like(out)], 1)
-        torch.testing.assert_close(
-            diffusion.loss(out, x0, noise, t),
-            diffusion.variational_bound(out, x0, noise, t),
-            rtol=0,
-            atol=1e-12,
-        )
+        bound = diffusion.variational_bound(out, x0, noise, t)
+        close(diffusion.loss(out, x0, noise, t), bound, rtol=0, atol=1e-12)
     else:
         assert diffusion.loss(out, x0, noise, t).max() < 1e-12
 
 
 def test_edm_weight_times_c_out_squared_is_one():
-    """EDM's weighted denoising loss, written out, equals the plain loss of the raw output: for sigma from 1e-3 to 1e2."""
+    """EDM's weighted denoising loss, written out, equals the plain loss of the raw output."""
     edm = EDM()
     sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
-    x0, noise, out = torch.randn(
-        3, 50, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
+    generator = torch.Generator().manual_seed(2)
+    x0, noise, out = torch.randn(3, 50, 1, 2, 2, dtype=torch.float64, generator=generator)
     x_t = edm.add_noise(x0, noise, sigma)
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    c_out = edm.preconditioning(sigma)[1]
+    close(weight * c_out.double().square(), torch.ones_like(sigma), rtol=2e-6, atol=0)
     literal = weight.reshape(-1, 1, 1, 1) * (edm.denoise(out, x_t, sigma) - x0) ** 2
-    torch.testing.assert_close(
-        edm.loss(out, x0, noise, sigma).double(), literal, rtol=2e-5, atol=1e-5
-    )
+    close(edm.loss(out, x0, noise, sigma).double(), literal, rtol=2e-5, atol=1e-5)
 
 
 def test_training_times():
@@ -364,10 +344,8 @@ def test_guidance_costs_one_forward_at_scale_one_and_outside_the_interval():
         sizes.append(len(x))
         return x * y.reshape(-1, 1, 1, 1)
 
-    noise, y = (
-        torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([1, 2, 3]),
-    )
+    noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([1, 2, 3])
     plain = sample_ode(net, Flow(), noise, y, 10, "euler")
     assert sizes == [3] * 10
     sizes.clear()
@@ -378,20 +356,22 @@ def test_guidance_costs_one_forward_at_scale_one_and_outside_the_interval():
     assert sizes == [3, 3, 3, 3, 3, 6, 6, 6, 3, 3]
 
 
-@pytest.mark.parametrize("scale", [0.999, 0.0, -1.0, math.nan])
-def test_guidance_below_one_is_refused(scale):
-    with pytest.raises(ValueError, match="below 1"):
-        Guided(None, scale, 10)
-
-
-@pytest.mark.parametrize("channels", [0, -1])
-def test_guidance_on_no_channel_is_refused(channels):
-    with pytest.raises(ValueError, match="at least 1"):
-        Guided(None, 2.0, 10, channels=channels)
+@pytest.mark.parametrize(
+    "scale, channels, message",
+    [
+        (0.999, None, "below 1"),
+        (-1.0, None, "below 1"),
+        (math.nan, None, "below 1"),
+        (2.0, 0, "at least 1"),
+    ],
+)
+def test_impossible_guidance_is_refused(scale, channels, message):
+    with pytest.raises(ValueError, match=message):
+        Guided(None, scale, 10, channels=channels)
 
 
 def test_seeds_of_images_and_of_steps_never_meet():
-    """(seed, image) and (seed, rank, step 0) differ, although numpy's SeedSequence pads with zeros."""
+    """(seed, image) and (seed, rank, step 0) differ, although numpy pads keys with zeros."""
     keys = [(0,), (0, 5), (0, 5, 0), (0, 5, 2), (5, 0), (0, 5, 1)]
     assert len({seed_of(*k) for k in keys}) == len(keys)
 
