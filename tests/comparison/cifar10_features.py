@@ -1,12 +1,15 @@
-"""Train a small CIFAR-10 classifier and save it, without its last layer, as a TorchScript module for `fid.py --features`.
+r"""Train a small CIFAR-10 classifier; save it, without its last layer, for `fid.py --features`.
 
-    python tests/cifar10_features.py --train cifar10-train.zip --test cifar10-test.zip --out features.pt
-    ... --image-size 16                       for samples of that size: one trained on 32 pixels sees little in images of 16 made larger
+    python tests/comparison/cifar10_features.py --train cifar10-train.zip \
+        --test cifar10-test.zip --image-size 16 --out features.pt
 
-The archives hold SPLIT/CLASS/NAME.jpg, 32 x 32 pixels; other image sizes are made as the training scripts make them. The module takes uint8
-images (N, 3, H, W) and gives float features (N, 8 * width); other sizes are resized to that of its training (bilinear, antialiased). A
-ResNet-9 with label smoothing and mirrored, shifted images. Its accuracy on the test images of its size goes to features.json: quote it
-beside every distance. Distances in these features are not FID.
+The archives hold SPLIT/CLASS/NAME.jpg, 32 x 32 pixels; other image sizes are made as the training
+scripts make them. Take the size of the samples: a classifier trained on 32 pixels sees little in
+images of 16 made larger. The file is a TorchScript module: it takes uint8 images (N, 3, H, W) and
+gives float features (N, 8 * width); other sizes are resized to that of its training (bilinear,
+antialiased). The network is a ResNet-9, trained with label smoothing and mirrored, shifted images.
+Its accuracy on the test images goes to features.json: quote it beside every distance. Distances in
+these features are not FID.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from train_sra import center_crop
 
@@ -33,16 +36,9 @@ def load(path, size):
     """uint8 images (N, 3, size, size) and int64 labels (N,), classes in alphabetical order."""
     with zipfile.ZipFile(path) as archive:
         names = sorted(n for n in archive.namelist() if n.endswith(".jpg"))
-        images = np.stack(
-            [
-                np.asarray(
-                    center_crop(Image.open(io.BytesIO(archive.read(n))).convert("RGB"), size)
-                )
-                for n in names
-            ]
-        )
-    groups = [n.split("/")[-2] for n in names]
-    labels = np.unique(groups, return_inverse=True)[1]
+        pictures = [Image.open(io.BytesIO(archive.read(name))).convert("RGB") for name in names]
+    images = np.stack([np.asarray(center_crop(picture, size)) for picture in pictures])
+    labels = np.unique([name.split("/")[-2] for name in names], return_inverse=True)[1]
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
 
 
@@ -81,20 +77,18 @@ class Extractor(nn.Module):
 
     def forward(self, x):
         x = x.float() / 127.5 - 1.0
-        if x.shape[-1] != self.size or x.shape[-2] != self.size:
-            x = F.interpolate(
-                x, size=[self.size, self.size], mode="bilinear", align_corners=False, antialias=True
-            )
+        size = [self.size, self.size]
+        if list(x.shape[-2:]) != size:
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         return self.net.features(x)
 
 
 def augment(images):
-    """Images (N, 3, S, S), all shifted alike by up to an eighth of their side, and each mirrored or not."""
+    """Images (N, 3, S, S): all shifted alike by up to S / 8, and each mirrored or not."""
     size, most = images.shape[-1], images.shape[-1] // 8
     down, right = torch.randint(0, 2 * most + 1, (2,)).tolist()
-    images = F.pad(images, (most, most, most, most), mode="reflect")[
-        :, :, down : down + size, right : right + size
-    ]
+    images = F.pad(images, (most, most, most, most), mode="reflect")
+    images = images[:, :, down : down + size, right : right + size]
     flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(3), images).contiguous(memory_format=torch.channels_last)
 
@@ -102,17 +96,15 @@ def augment(images):
 @torch.no_grad()
 def accuracy(net, images, labels):
     """Share of uint8 images (N, 3, S, S) whose class is found."""
-    right = sum(
-        (net(x.float() / 127.5 - 1).argmax(1) == y).sum().item()
-        for x, y in zip(images.split(500), labels.split(500))
-    )
+    right = 0
+    for x, y in zip(images.split(500), labels.split(500)):
+        right += (net(x.float() / 127.5 - 1).argmax(1) == y).sum().item()
     return right / len(images)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--train", required=True)
     add("--test", required=True)
@@ -127,50 +119,37 @@ def main():
     for path in (a.train, a.test):
         if not zipfile.is_zipfile(path):
             parser.error(f"{path}: no such archive, or not a zip file")
-    if a.epochs < 1:
-        parser.error(f"--epochs {a.epochs}: must be at least 1")
     torch.manual_seed(a.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (x, y), (x_test, y_test) = (
-        [t.to(device) for t in load(f, a.image_size)] for f in (a.train, a.test)
-    )
+    x, y = (tensor.to(device) for tensor in load(a.train, a.image_size))
+    x_test, y_test = (tensor.to(device) for tensor in load(a.test, a.image_size))
     net = ResNet9(a.width).to(device, memory_format=torch.channels_last)
-    steps = a.epochs * (len(x) // a.batch_size)
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=a.lr, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, a.lr, total_steps=steps, pct_start=0.25
-    )
+    epoch_steps = len(x) // a.batch_size
+    sgd = {"lr": a.lr, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+    optimizer = torch.optim.SGD(net.parameters(), **sgd)
+    steps = a.epochs * epoch_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, a.lr, steps, pct_start=0.25)
     start = time.time()
     for epoch in range(a.epochs):
         net.train()
         order = torch.randperm(len(x), device=device)
-        for i in range(len(x) // a.batch_size):
-            chosen = order[i * a.batch_size : (i + 1) * a.batch_size]
-            loss = F.cross_entropy(
-                net(augment(x[chosen].float() / 127.5 - 1)), y[chosen], label_smoothing=0.1
-            )
+        for k in range(epoch_steps):
+            chosen = order[k * a.batch_size : (k + 1) * a.batch_size]
+            logits = net(augment(x[chosen].float() / 127.5 - 1))
+            loss = F.cross_entropy(logits, y[chosen], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-        found, seconds = accuracy(net.eval(), x_test, y_test), time.time() - start
-        print(
-            f"epoch {epoch + 1}/{a.epochs}  loss {loss.item():.3f}  test accuracy {found:.4f}  {seconds:.0f} s",
-            flush=True,
-        )
-    module = torch.jit.script(
-        Extractor(net.cpu().to(memory_format=torch.contiguous_format), a.image_size).eval()
-    )
-    module.save(a.out)
-    settings = {k: v for k, v in vars(a).items() if k not in ("train", "test", "out")}
-    description = {
-        "sha256": hashlib.sha256(a.out.read_bytes()).hexdigest(),
-        "accuracy": found,
-        "features": 8 * a.width,
-        **settings,
-    }
+        found = accuracy(net.eval(), x_test, y_test)
+        line = f"epoch {epoch + 1}/{a.epochs}  loss {loss.item():.3f}  test accuracy {found:.4f}"
+        print(f"{line}  {time.time() - start:.0f} s", flush=True)
+    net = net.cpu().to(memory_format=torch.contiguous_format)
+    torch.jit.script(Extractor(net, a.image_size).eval()).save(a.out)
+    sha256 = hashlib.sha256(a.out.read_bytes()).hexdigest()
+    description = {"sha256": sha256, "accuracy": found, "features": 8 * a.width}
+    for name in ("image_size", "width", "epochs", "batch_size", "lr", "seed"):
+        description[name] = getattr(a, name)
     a.out.with_suffix(".json").write_text(json.dumps(description) + "\n")
     print(f"saved {a.out}: {8 * a.width} features")
 
