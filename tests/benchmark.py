@@ -1,24 +1,29 @@
-"""Training throughput, side by side in one run: vanilla against each method, beside the bound that counting operations gives.
+"""Training throughput, side by side in one run: vanilla against each method, and the bound that
+counting operations gives.
 
-    python tests/benchmark.py                      sizes for the machine: Ti/4 and S/4 pixels on CPU; B/2 and XL/2 latents-shaped on CUDA
+    # sizes for the machine: Ti/4 and S/4 on pixels on a CPU; B/2 and XL/2 on latents on CUDA
+    python tests/benchmark.py
     python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile on
-    python tests/benchmark.py --count              operations, bytes and memory of a step, counted without running it: S/2, B/2, XL/2
-    python tests/benchmark.py --loader 0           images/s that the latent cache feeds, here without loader processes
-    python tests/benchmark.py --evaluation         fid.py alone: its network against a plain loop, its Frechet distance against sqrtm
+    # operations, bytes and memory of a step of S/2, B/2 and XL/2, counted without running it
+    python tests/benchmark.py --count
+    # fid.py alone: its network against a plain loop, its Frechet distance against sqrtm
+    python tests/benchmark.py --evaluation
 
-For each row: images/s (median step), the ratio to the first row, the bound on the ratio to vanilla from multiply-adds (a teacher
-pass costs one forward of the blocks it runs, training three), peak memory, the slowest step over the median, and the share of a step
-outside the network's forward and backward: reading the images (in this process; the training scripts read ahead in others with --workers),
-clipping, AdamW, EMA. On CUDA also MFU against a bf16 matrix product measured in the same run. Steps of the rows alternate, so that a noisy
-machine disturbs all alike; only ratios within one run mean something. "plain" is vanilla as one would first write it: see PlainDiT. All
-rows have the same network: Self-Transcendence is without the qk-norm that is its default.
+For each row: images/s (median step), the ratio to the first row, the bound on the ratio to vanilla
+from multiply-adds (a teacher pass costs one forward of the blocks it runs, training three), peak
+memory, the slowest step over the median, and the share of a step outside the network's forward and
+backward: reading the images, clipping, AdamW, EMA. On CUDA also MFU against a bf16 matrix product
+measured in the same run. Steps of the rows alternate, so that a noisy machine disturbs all alike;
+only ratios within one run mean something. "plain" is vanilla as one would first write it: see
+PlainDiT. All rows have the same network: Self-Transcendence is without the qk-norm that is its
+default.
 """
 
 import argparse
 import contextlib
 import copy
 import gc
-import json
+import itertools
 import math
 import multiprocessing
 import re
@@ -47,89 +52,71 @@ import train_mdt
 import train_selftranscendence
 import train_sra
 from diffusion import make_diffusion
-from models import Block, DiT, LatentCache, latent_layout, parse_model
+from models import Block, DiT, parse_model
 
+STAGE2 = ["--stage", "2", "--teacher", "TEACHER"]
+EDM = ["--diffusion", "edm"]
 # name: script, its method, flags; the noise process is --diffusion, unless the flags say otherwise
 METHODS = {
     "vanilla": (train_sra, "SRA", ["--align-weight", "0"]),
     "plain": (train_sra, "SRA", ["--align-weight", "0"]),  # see PlainDiT
     "sra": (train_sra, "SRA", []),
-    "mdt": (train_mdt, "MaskDiT", ["--diffusion", "edm"]),
-    "mdt r=0": (train_mdt, "MaskDiT", ["--diffusion", "edm", "--mask-ratio", "0"]),
-    "sd-dit": (train_discriminative, "SDDiT", ["--diffusion", "edm"]),
+    "mdt": (train_mdt, "MaskDiT", EDM),
+    "mdt r=0": (train_mdt, "MaskDiT", [*EDM, "--mask-ratio", "0"]),
+    "sd-dit": (train_discriminative, "SDDiT", EDM),
     "stage 1": (train_selftranscendence, "SelfTranscendence", []),
-    "stage 2": (
-        train_selftranscendence,
-        "SelfTranscendence",
-        ["--stage", "2", "--teacher", "TEACHER"],
-    ),
-    "all t": (
-        train_selftranscendence,
-        "SelfTranscendence",
-        ["--stage", "2", "--teacher", "TEACHER", "--t-mode", "all"],
-    ),
-    "stopped": (
-        train_selftranscendence,
-        "SelfTranscendence",
-        ["--stage", "2", "--teacher", "TEACHER", "--stop-step", "0"],
-    ),
+    "stage 2": (train_selftranscendence, "SelfTranscendence", STAGE2),
+    "all t": (train_selftranscendence, "SelfTranscendence", [*STAGE2, "--t-mode", "all"]),
+    "stopped": (train_selftranscendence, "SelfTranscendence", [*STAGE2, "--stop-step", "0"]),
     "diversedit": (train_diversedit, "DiverseDiT", []),
     "no loss": (train_diversedit, "DiverseDiT", ["--diversity-weight", "0"]),
 }
+# rows whose own part runs on three images in ten; what is left without it
+IN_RANGE = {"stage 1": "vanilla", "stage 2": "stopped"}
 
 
 def block_macs(tokens, D, cond=None):
-    """Multiply-adds of one block for one image: qkv and projection 4 T D^2, MLP 8 T D^2, attention 2 T^2 D, adaLN 6 D cond."""
+    """For one image: qkv, projection 4 T D^2, MLP 8 T D^2, attention 2 T^2 D, adaLN 6 D cond."""
     return 12 * tokens * D**2 + 2 * tokens**2 * D + 6 * D * (cond or D)
 
 
 def macs(network):
-    """Multiply-adds of one training step for one image, by method; backward costs two forwards, a teacher pass has none."""
-    T, D, depth = (
-        (network["input_size"] // network["patch_size"]) ** 2,
-        network["hidden_size"],
-        network["depth"],
-    )
+    """Multiply-adds of a training step for one image, by method; backward costs two forwards."""
+    T = (network["input_size"] // network["patch_size"]) ** 2
+    D, depth = network["hidden_size"], network["depth"]
     patch = network["patch_size"] ** 2 * network["in_channels"]
     embed = T * patch * D + 256 * D + D**2
     final = T * patch * D * (2 if network["learn_sigma"] else 1) + 2 * D**2
     vanilla = embed + depth * block_macs(T, D) + final
     _, teacher_block = train_sra.alignment_blocks(depth, network["learn_sigma"])
-    decoder, width, _ = (2, 128, 4) if D == 128 else (8, 512, 16)
+    decoder, width = (2, 128) if D == 128 else (8, 512)
 
     def masked(kept):
-        bridge = kept * D * width + 2 * D**2
-        return (
-            embed
-            + depth * block_macs(kept, D)
-            + bridge
-            + decoder * block_macs(T, width, D)
-            + T * patch * width
-            + 2 * D * width
-        )
+        encoder = embed + depth * block_macs(kept, D) + kept * D * width + 2 * D**2
+        return encoder + decoder * block_macs(T, width, D) + T * patch * width + 2 * D * width
 
     seen = int(T * 0.8)  # of SD-DiT's student; its bridge is on all tokens
     head = 2048 * D + 2048**2 + 2048 * 256 + 256 * 8192  # per token
     student = masked(seen) + (T - seen) * D * width + (seen + 1) * head
     teacher_pass = embed + depth * block_macs(T + 1, D) + (seen + 1) * head
+    logits = (seen + 1) * 2 * 256 * 8192  # both are computed again in the backward pass
     residuals, layers = depth // 2 * 2 * T * D**2, min(10, depth)
+    cosines = layers**2 * T * D  # of all pairs of blocks at all tokens
     hidden = 2048 if D >= 768 else 2 * D
-    mlp, guide = T * (2 * D * hidden + hidden**2), 2 * (embed + 2 * depth // 3 * block_macs(T, D))
+    mlp = T * (2 * D * hidden + hidden**2)
+    guide = 2 * (embed + 2 * depth // 3 * block_macs(T, D))
     return {
         "vanilla": 3 * vanilla,
         "plain": 3 * vanilla,
         "sra": 3 * (vanilla + 4 * T * D**2) + embed + teacher_block * block_macs(T, D),
         "mdt": 3 * masked(T // 2),
         "mdt r=0": 3 * masked(T),
-        "sd-dit": 3 * student
-        + teacher_pass
-        + (seen + 1) * 2 * 256 * 8192,  # both logits are computed again in the backward pass
+        "sd-dit": 3 * student + teacher_pass + logits,
         "stage 1": 3 * (vanilla + 0.3 * (mlp + T * D * patch)),  # three images in ten are in range
         "stage 2": 3 * (vanilla + 0.3 * mlp) + 0.3 * guide,
         "all t": 3 * (vanilla + mlp) + guide,
         "stopped": 3 * vanilla,
-        "diversedit": 3
-        * (vanilla + residuals + layers**2 * T * D),  # cosines of all pairs of blocks at all tokens
+        "diversedit": 3 * (vanilla + residuals + cosines),
         "no loss": 3 * (vanilla + residuals),
     }
 
@@ -137,14 +124,8 @@ def macs(network):
 def save_teacher(path, network, diffusion):
     """A checkpoint of that network, untrained, for stage 2 of Self-Transcendence."""
     model = DiT(**network)
-    content = {
-        "model": model.state_dict(),
-        "ema": {},
-        "method": {},
-        "optimizer": {},
-        "step": 0,
-        "log": torch.zeros(0),
-    }
+    content = {"model": model.state_dict(), "step": 0, "log": torch.zeros(0)}
+    content |= {part: {} for part in ("ema", "method", "optimizer")}
     torch.save({**content, "args": {"network": model.config, "diffusion": diffusion}}, path)
     return str(path)
 
@@ -159,40 +140,35 @@ class PlainBlock(nn.Module):
 
     def attention(self, x):
         N, T, D = x.shape
-        q, k, v = (
-            self.attn["qkv"](x).reshape(N, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.attn["qkv"](x).reshape(N, T, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         weights = (q @ k.transpose(2, 3) / math.sqrt(D // self.heads)).softmax(3)
         return self.attn["proj"]((weights @ v).transpose(1, 2).reshape(N, T, D))
 
     def forward(self, x, c):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            v[:, None] for v in self.adaLN_modulation(c).chunk(6, 1)
-        )
+        modulation = self.adaLN_modulation(c)[:, None].chunk(6, 2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         x = x + gate_a * self.attention(self.norm(x) * (1 + scale_a) + shift_a)
         hidden = self.mlp["fc1"](self.norm(x) * (1 + scale_m) + shift_m)
         return x + gate_m * self.mlp["fc2"](nn.functional.gelu(hidden, approximate="tanh"))
 
 
 class PlainDiT(nn.Module):
-    """DiT as one would first write it: the yardstick. Explicit softmax attention, separate products and sums, patches by a convolution; in
-    Row.step an EMA parameter by parameter, AdamW and clipping with default flags, the loss read back in every step. State dict and
-    outputs are those of the DiT it is made from.
+    """DiT as one would first write it: the yardstick. Explicit softmax attention, separate products
+    and sums, patches by a convolution; in Row.step an EMA parameter by parameter, AdamW and
+    clipping with default flags, the loss read back in every step. State dict and outputs are those
+    of the DiT it is made from.
     """
 
     def __init__(self, model):
         super().__init__()
-        dim = model.config["hidden_size"]
+        dim, heads = model.config["hidden_size"], model.config["num_heads"]
         for name in ("x_embedder", "t_embedder", "y_embedder"):
             self.add_module(name, copy.deepcopy(getattr(model, name)))
         self.register_buffer("pos_embed", model.pos_embed.clone())
-        self.blocks = nn.ModuleList(
-            PlainBlock(dim, model.config["num_heads"]) for _ in model.blocks
-        )
-        self.norm, self.final_layer = (
-            nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False),
-            nn.Module(),
-        )
+        self.blocks = nn.ModuleList(PlainBlock(dim, heads) for _ in model.blocks)
+        self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.final_layer = nn.Module()
         self.final_layer.linear = copy.deepcopy(model.final_layer.linear)
         self.final_layer.adaLN_modulation = copy.deepcopy(model.final_layer.adaLN_modulation)
         self.unpatchify = model.unpatchify
@@ -203,88 +179,64 @@ class PlainDiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = block(x, c)
-        shift, scale = (v[:, None] for v in self.final_layer.adaLN_modulation(c).chunk(2, 1))
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, 2)
         return self.unpatchify(self.final_layer.linear(self.norm(x) * (1 + scale) + shift))
 
 
 def make_method(name, network, args, more=()):
-    """The method of a row, and its parsed flags: args.diffusion, those of METHODS with args.teacher, and `more`."""
+    """The method of a row and its parsed flags; `more` flags stand behind those of METHODS."""
     script, method, own = METHODS[name]
-    parsed = script.parse_args(
-        [
-            "--diffusion",
-            args.diffusion,
-            *(args.teacher if flag == "TEACHER" else flag for flag in own),
-            *more,
-        ]
-    )
+    own = [args.teacher if flag == "TEACHER" else flag for flag in own]
+    parsed = script.parse_args(["--diffusion", args.diffusion, *own, *more])
     torch.manual_seed(0)
     method = getattr(script, method)(parsed, network, make_diffusion(parsed.diffusion))
     if name == "plain":
-        method.model, method.ema = (
-            PlainDiT(method.model),
-            PlainDiT(method.ema).requires_grad_(False),
-        )
+        method.model = PlainDiT(method.model)
+        method.ema = PlainDiT(method.ema).requires_grad_(False)
     return method, parsed
 
 
 class Row:
-    """One method at one size: the arithmetic of a training step of the scaffold, timed in parts; no loader, log or progress bar."""
+    """One method at one size: the arithmetic of a step of the training scripts, timed in parts."""
 
     def __init__(self, name, network, compiled, args, device):
-        self.name, self.compiled, self.device, self.times, self.outside = (
-            name,
-            compiled,
-            device,
-            [],
-            [],
-        )
+        self.name, self.compiled, self.device = name, compiled, device
+        self.times, self.outside = [], []
         self.method, parsed = make_method(name, network, args)
         self.method.to(device)
-        self.parameters, self.clip = (
-            [p for p in self.method.parameters() if p.requires_grad],
-            parsed.clip_grad,
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-4, weight_decay=0.0, fused=None if name == "plain" else True
-        )
-        self.trained, self.averaged = (
-            list(self.method.model.parameters()),
-            list(self.method.ema.parameters()),
-        )
+        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
+        self.clip = parsed.clip_grad
+        fused = None if name == "plain" else True
+        self.optimizer = torch.optim.AdamW(self.parameters, 1e-4, weight_decay=0.0, fused=fused)
+        self.trained = list(self.method.model.parameters())
+        self.averaged = list(self.method.ema.parameters())
         if compiled:
             for module in self.method.modules():
                 if isinstance(module, (Block, PlainBlock)):
                     module.compile()
-        side = network["input_size"]
-        self.bf16, self.shape = (
-            device.type == "cuda",
-            (args.batch_size, network["in_channels"], side, side),
-        )
-        self.pixels = network["in_channels"] == 3
-        self.data = train_sra.Images("shapes", network["input_size"], 0, 1) if self.pixels else None
-        self.classes, self.memory = network["num_classes"], 0
+        side, channels = network["input_size"], network["in_channels"]
+        self.bf16 = device.type == "cuda"
+        self.shape = (args.batch_size, channels, side, side)
+        self.data = train_sra.Images("shapes", side, 0, 1) if channels == 3 else None
+        self.classes = network["num_classes"]
 
     def now(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def step(self, k):
-        start = self.now()
+    def read(self, k):
+        """Images or latents and labels of step k, on the device."""
         n = self.shape[0]
-        if self.pixels:
-            x0, y = train_sra.collate(
-                [self.data[((k * n + i) % len(self.data), False)] for i in range(n)]
-            )
-            x0 = x0.to(self.device).float() / 127.5 - 1
-        else:
-            x0, y = torch.randn(self.shape, device=self.device), torch.randint(self.classes, (n,))
-        y, read = y.to(self.device), self.now()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.method(x0, y)["loss"]
-        loss.backward()
-        network = self.now()
+        if self.data is None:
+            y = torch.randint(self.classes, (n,))
+            return torch.randn(self.shape, device=self.device), y.to(self.device)
+        indices = [(k * n + i) % len(self.data) for i in range(n)]
+        x0, y = train_sra.collate([self.data[index, False] for index in indices])
+        return x0.to(self.device).float() / 127.5 - 1, y.to(self.device)
+
+    def update(self, loss, k):
+        """Clipping, AdamW and EMA."""
         if self.name == "plain":
             loss.item()
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
@@ -301,6 +253,16 @@ class Row:
             else:
                 torch._foreach_lerp_(self.averaged, self.trained, 1e-4)
             self.method.after_step(k, 1000)
+
+    def step(self, k):
+        start = self.now()
+        x0, y = self.read(k)
+        read = self.now()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.method(x0, y)["loss"]
+        loss.backward()
+        network = self.now()
+        self.update(loss, k)
         end = self.now()
         self.times.append(end - start)
         self.outside.append(1 - (network - read) / (end - start))
@@ -314,7 +276,7 @@ class WithoutContent(FakeTensorMode):
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write, views excepted, and the most that storages held at once."""
+    """Bytes that operations read and write, views excepted; the most that storages held at once."""
 
     def __init__(self):
         super().__init__()
@@ -339,47 +301,38 @@ class Traffic(TorchDispatchMode):
         if operation.namespace == "aten" and not operation.is_view:
             inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
             if not outputs:  # of operations on lists: what they write
-                changed = [
-                    a
-                    for a, about in zip(args, operation._schema.arguments)
-                    if about.alias_info and about.alias_info.is_write
-                ]
+                about = [argument.alias_info for argument in operation._schema.arguments]
+                changed = [a for a, alias in zip(args, about) if alias and alias.is_write]
                 outputs = [v for v in tree_leaves(changed) if isinstance(v, torch.Tensor)]
             self.bytes += sum(v.numel() * v.element_size() for v in inputs + outputs)
         return result
 
 
 def counted(name, network, batch, args, checkpointing=False, more=()):
-    """A step in bf16 of tensors without content: FLOP (a product and a sum count as two; attention's products computed again do not
-    count), bytes moved by the forward and backward pass and by the rest, peak bytes.
+    """A step in bf16 of tensors without content: FLOP (a product and a sum count as two; products
+    of attention that are computed again do not count), bytes moved by the forward and backward
+    pass, bytes moved by the rest, peak bytes.
     """
-    side, aten = network["input_size"], torch.ops.aten
+    shape = (batch, network["in_channels"], network["input_size"], network["input_size"])
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     products = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-            q, k, v
-        ),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
-            2 * sdpa_flop_count(q, k, v)
-        ),
+        attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        backward: lambda g, q, k, v, *_, **__: 2 * sdpa_flop_count(q, k, v),
     }
-    draw = mock.patch(
-        "torch.nn.init.trunc_normal_", nn.init.normal_
-    )  # the former looks at what it has drawn
+    # trunc_normal_ looks at what it has drawn
+    draw = mock.patch("torch.nn.init.trunc_normal_", nn.init.normal_)
     with WithoutContent(), Traffic() as traffic, draw:
         method, parsed = make_method(name, network, args, more)
         method.model.checkpointing = checkpointing
         parameters = [p for p in method.parameters() if p.requires_grad]
+        trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
         optimizer = torch.optim.AdamW(parameters, fused=True)
         flop = FlopCounterMode(display=False, custom_mapping=products)
-        for counter in (
-            flop,
-            contextlib.nullcontext(),
-        ):  # the first step makes AdamW's state; the counter keeps tensors alive
+        # the first step makes AdamW's state, and its counter keeps tensors alive
+        for counter in (flop, contextlib.nullcontext()):
             with counter:
-                x0, y = (
-                    torch.randn(batch, network["in_channels"], side, side),
-                    torch.zeros(batch, dtype=torch.int64),
-                )
+                x0, y = torch.randn(shape), torch.zeros(batch, dtype=torch.int64)
                 traffic.bytes, traffic.peak = 0, traffic.live
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = method(x0, y)["loss"]
@@ -391,68 +344,54 @@ def counted(name, network, batch, args, checkpointing=False, more=()):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(method.ema.parameters()), list(method.model.parameters()), 1e-4
-                )
+                torch._foreach_lerp_(averaged, trained, 1e-4)
                 method.after_step(0, 1000)
             del loss, norm, x0, y
         return np.array([flop.get_total_flops(), inside, traffic.bytes, traffic.peak])
 
 
-IN_RANGE = {
-    "stage 1": "vanilla",
-    "stage 2": "stopped",
-}  # rows whose own part runs on three images in ten; what is left without it
+def counted_in_range(name, network, batch, args, checkpointing):
+    """counted(), of rows with a part that runs on three images in ten as the mean over images."""
+    if name not in IN_RANGE:
+        return counted(name, network, batch, args, checkpointing)
+    everywhere = counted(name, network, batch, args, checkpointing, ["--t-mode", "all"])
+    nowhere = counted(IN_RANGE[name], network, batch, args, checkpointing)
+    return 0.3 * everywhere + 0.7 * nowhere
+
+
+COUNT = """TFLOP and GB per image: of the forward and backward pass; GB as moved by eager operations
+(compiled ones move less). bound: images/s over vanilla's, from the operations that the code runs;
+formula: from those that the method needs. GB per step: norm, clipping, AdamW, EMA. Peak memory in
+GiB for n images in a micro-batch, without and with --checkpointing."""
 
 
 def count(args):
-    """Prints for each network and method: operations and bytes of a step in bf16, the bound, and peak memory."""
-    print(
-        "TFLOP and GB per image: of the forward and backward pass; GB as moved by eager operations (compiled ones move less)."
-    )
-    print(
-        "bound: images/s over vanilla's, from the operations that the code runs; formula: from those that the method needs."
-    )
-    print(
-        "GB per step: norm, clipping, AdamW, EMA. Peak memory in GiB for n images in a micro-batch, without and with --checkpointing."
-    )
-    columns = f"{'model':9} {'tokens':>6} {'method':10} {'TFLOP':>7} {'bound':>6} {'formula':>7} {'GB/image':>8} {'GB/step':>7}"
-    print(f"{columns} {'memory':>14} {'checkpointing':>16}")
-    for model in args.models:
-        for side in (32, 64):
-            network = {
-                "input_size": side,
-                "in_channels": 4,
-                "num_classes": 1000,
-                **parse_model(model),
-                "learn_sigma": False,
-            }
-            formula, first = macs(network), None
-            with tempfile.TemporaryDirectory() as folder:
-                args.teacher = save_teacher(Path(folder, "teacher.pt"), network, args.diffusion)
-                for name in (n for n in args.methods if n != "plain"):
-
-                    def step(batch, checkpointing):
-                        if name not in IN_RANGE:
-                            return counted(name, network, batch, args, checkpointing)
-                        some = counted(
-                            name, network, batch, args, checkpointing, ["--t-mode", "all"]
-                        )
-                        return 0.3 * some + 0.7 * counted(
-                            IN_RANGE[name], network, batch, args, checkpointing
-                        )
-
-                    (a, b), (c, d) = ([step(n, again) for n in (8, 16)] for again in (False, True))
-                    flop, moved, rest = b[0] / 16, (b[1] - a[1]) / 8, b[2]
-                    first = first or flop
-                    ratios = f"{first / flop:6.3f} {formula['vanilla'] / formula[name]:7.3f}"
-                    line = f"{model:9} {side**2 // network['patch_size'] ** 2:6} {name:10} {flop / 1e12:7.3f} {ratios}"
-                    line += f" {moved / 1e9:8.2f} {rest / 1e9:7.1f}"
-                    for low, high in ((a[3], b[3]), (c[3], d[3])):
-                        line += (
-                            f" {(2 * low - high) / 2**30:6.2f} + {(high - low) / 8 / 2**30:.3f} n"
-                        )
-                    print(line, flush=True)
+    """Prints what COUNT describes, a row for each network and method."""
+    print(COUNT)
+    columns = f"{'model':9} {'tokens':>6} {'method':10} {'TFLOP':>7} {'bound':>6} {'formula':>7}"
+    print(f"{columns} {'GB/image':>8} {'GB/step':>7} {'memory':>14} {'checkpointing':>16}")
+    for model, side in itertools.product(args.models, (32, 64)):
+        network = {"input_size": side, "in_channels": 4, "num_classes": 1000}
+        network |= {**parse_model(model), "learn_sigma": False}
+        formula, first = macs(network), None
+        tokens = side**2 // network["patch_size"] ** 2
+        with tempfile.TemporaryDirectory() as folder:
+            args.teacher = save_teacher(Path(folder, "teacher.pt"), network, args.diffusion)
+            for name in (n for n in args.methods if n != "plain"):
+                a, b, c, d = (
+                    counted_in_range(name, network, batch, args, checkpointing)
+                    for checkpointing in (False, True)
+                    for batch in (8, 16)
+                )
+                flop, moved, rest = b[0] / 16, (b[1] - a[1]) / 8, b[2]
+                first = first or flop
+                line = f"{model:9} {tokens:6} {name:10} {flop / 1e12:7.3f} {first / flop:6.3f}"
+                line += f" {formula['vanilla'] / formula[name]:7.3f}"
+                line += f" {moved / 1e9:8.2f} {rest / 1e9:7.1f}"
+                for low, high in ((a[3], b[3]), (c[3], d[3])):
+                    each = (high - low) / 8
+                    line += f" {(low - 8 * each) / 2**30:6.2f} + {each / 2**30:.3f} n"
+                print(line, flush=True)
 
 
 def median(values):
@@ -473,10 +412,11 @@ def matmul_rate(device):
 
 
 def peak_memory(*row):
-    """Peak memory of three steps on their own, in GiB: of the GPU, or on a CPU what the process grew by (call it in a fresh process)."""
+    """GiB of three steps: of the GPU; on a CPU what the process, a fresh one, grew by."""
 
     def resident():  # what getrusage tells would count the parent's memory
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
     cuda, before = torch.cuda.is_available(), resident()
     if cuda:
@@ -489,186 +429,138 @@ def peak_memory(*row):
     return (resident() - before) / 2**20
 
 
-def loader(workers, entries=50_000, batch=256, batches=100):
-    """Images/s that the latent cache feeds: random batches, mirrored or not, of a generated file of ImageNet-256's shape."""
-    header = {"count": entries, "classes": ["one", "two"], "moments": [8, 32, 32]}
-    _, _, start, end = latent_layout(header)
-    text = json.dumps(header).encode().ljust(2**20, b"\0")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "latents"
-        with open(path, "wb") as file:
-            file.write(text.ljust(start, b"\0"))
-            block = torch.randn(500, 2, 8, 32, 32).half().numpy().tobytes()
-            for _ in range(entries // 500):
-                file.write(block)
-        cache = LatentCache(path, header)
-        order = torch.randint(entries, (batches, batch)).tolist()
-        keys = [[(i, i % 2 == 0) for i in row] for row in order]
-        data = torch.utils.data.DataLoader(
-            cache, batch_sampler=keys, num_workers=workers, collate_fn=train_sra.collate
-        )
-        start, seen = None, 0
-        for moments, _ in data:
-            start, seen = (
-                (time.perf_counter(), 0) if start is None else (start, seen + len(moments))
-            )
-        rate = seen / (time.perf_counter() - start)
-    print(
-        f"latent cache, {end / 1e9:.2f} GB, {entries} entries, batch {batch}, {workers} workers: {rate:.0f} images/s"
-    )
+def timed(function, *args):
+    start = time.perf_counter()
+    result = function(*args)  # on the CPU in the end, so that nothing is still running
+    return time.perf_counter() - start, result
 
 
-def evaluation(device):
-    """Features/s of fid.py against a plain NCHW loop over the same network, and its Frechet distance against the formula with sqrtm."""
-
-    def timed(function, *args):
-        start = time.perf_counter()
-        result = function(*args)  # on the CPU in the end, so that nothing is still running
-        return time.perf_counter() - start, result
-
+def time_features(device):
+    """Features/s of fid.py against a plain NCHW loop over the same network."""
     torch.manual_seed(0)
     plain, folded = fid.InceptionV3(), fid.InceptionV3()
     for module in plain.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(
-                module.weight, nonlinearity="relu"
-            )  # activations keep their size through the layers
+        if isinstance(module, nn.Conv2d):  # activations keep their size through the layers
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     folded.load_state_dict(plain.state_dict())
     plain, folded = plain.to(device), folded.fold().to(device)
-    rng, times = np.random.default_rng(0), ([], [])
-    batch = rng.integers(0, 256, (16, 256, 256, 3), dtype=np.uint8)
+    batch = np.random.default_rng(0).integers(0, 256, (16, 256, 256, 3), dtype=np.uint8)
 
     @torch.inference_mode()
     def plain_loop():
         return plain(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().to(device)).cpu()
 
-    for _ in range(6):
-        (a, expected), (b, features) = (
-            timed(plain_loop),
-            timed(lambda: fid.batch_activations(folded, batch, device)["pool"].cpu()),
-        )
-        times[0].append(a)
-        times[1].append(b)
-    a, b = (len(batch) / median(t[1:]) for t in times)
-    error = ((features - expected).abs().max() / expected.abs().max()).item()
-    print(
-        f"Inception, 256 px: plain NCHW {a:.2f} images/s, fid.py {b:.2f}, ratio {b / a:.2f}; features differ by {error:.1e}"
-    )
+    def ours():
+        return fid.batch_activations(folded, batch, device)["pool"].cpu()
 
-    stats = []
+    pairs = [(timed(plain_loop), timed(ours)) for _ in range(6)]
+    (_, expected), (_, features) = pairs[-1]
+    a = len(batch) / median([first for (first, _), _ in pairs[1:]])
+    b = len(batch) / median([second for _, (second, _) in pairs[1:]])
+    error = ((features - expected).abs().max() / expected.abs().max()).item()
+    line = f"Inception, 256 px: plain NCHW {a:.2f} images/s, fid.py {b:.2f}, ratio {b / a:.2f}"
+    print(f"{line}; features differ by {error:.1e}")
+
+
+def time_distance():
+    """The Frechet distance of fid.py against the formula with sqrtm."""
+    rng, stats = np.random.default_rng(0), []
     for _ in range(2):
-        x = rng.standard_normal((6000, 2048)) * np.linspace(0.05, 1, 2048) + rng.standard_normal(
-            (6000, 1)
-        ) * rng.uniform(0, 1, 2048)
+        x = rng.standard_normal((6000, 2048)) * np.linspace(0.05, 1, 2048)
+        x += rng.standard_normal((6000, 1)) * rng.uniform(0, 1, 2048)
         stats += [x.mean(0), np.cov(x, rowvar=False)]
     mu1, sigma1, mu2, sigma2 = stats
 
     def literal():
-        return ((mu1 - mu2) ** 2).sum() + np.trace(
-            sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real
-        )
+        root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
+        return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
 
     ours = [timed(fid.frechet_distance, *stats) for _ in range(3)]
-    (a, expected), b = timed(literal), median([seconds for seconds, _ in ours])
-    error = abs(ours[0][1] / expected - 1)
-    print(
-        f"Frechet distance, 2048-d: scipy's sqrtm {a:.2f} s, fid.py {b:.2f} s, ratio {a / b:.1f}; relative difference {error:.1e}"
-    )
+    a, expected = timed(literal)
+    b, error = median([seconds for seconds, _ in ours]), abs(ours[0][1] / expected - 1)
+    line = f"Frechet distance, 2048-d: scipy's sqrtm {a:.2f} s, fid.py {b:.2f} s, ratio {a / b:.1f}"
+    print(f"{line}; relative difference {error:.1e}")
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args():
     cuda = torch.cuda.is_available()
-    parser.add_argument("--models", nargs="+", help="default: see above")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument(
-        "--diffusion", choices=("flow", "gvp"), default="flow", help="of vanilla and SRA"
-    )
-    parser.add_argument("--batch-size", type=int, default=128 if cuda else 16)
-    parser.add_argument(
-        "--input-size", type=int, default=32, help="side of latents, or of images on a CPU"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=30 if cuda else 9, help="timed steps of each row"
-    )
-    parser.add_argument(
-        "--compile", choices=("off", "on", "both"), default="both" if cuda else "off"
-    )
-    parser.add_argument(
-        "--count",
-        action="store_true",
-        help="only: count operations, bytes and memory of a step, of S/2, B/2 and XL/2",
-    )
-    parser.add_argument(
-        "--loader", type=int, metavar="WORKERS", help="only: images/s that the latent cache feeds"
-    )
-    parser.add_argument("--evaluation", action="store_true", help="time fid.py instead of training")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--models", nargs="+", help="default: see above")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--diffusion", choices=("flow", "gvp"), default="flow", help="of vanilla and SRA")
+    add("--batch-size", type=int, default=128 if cuda else 16)
+    add("--input-size", type=int, default=32, help="side of latents, or of images on a CPU")
+    add("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
+    add("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
+    add("--count", action="store_true", help="count operations, bytes and memory of a step")
+    add("--evaluation", action="store_true", help="time fid.py instead of training")
     args = parser.parse_args()
     sizes = ["DiT-B/2", "DiT-XL/2"] if cuda else ["DiT-Ti/4", "DiT-S/4"]
     args.models = args.models or (["DiT-S/2", "DiT-B/2", "DiT-XL/2"] if args.count else sizes)
+    return args
+
+
+def peak_memories(settings):
+    """Peak memory of each row in GiB, on a CPU each in a process of its own."""
+    if torch.cuda.is_available():
+        return [peak_memory(*row) for row in settings]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return [pool.apply(peak_memory, row) for row in settings]
+
+
+def compare(model, args, device, peak):
+    """Prints a row for each method and mode of compilation; peak: of the GPU, or None."""
+    network = {"input_size": args.input_size, "in_channels": 4 if peak else 3}
+    network |= {"num_classes": 1000 if peak else 10, **parse_model(model), "learn_sigma": False}
+    modes = {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
+    with tempfile.TemporaryDirectory() as folder:
+        args.teacher = save_teacher(Path(folder, "teacher.pt"), network, args.diffusion)
+        pairs = itertools.product(modes, args.methods)
+        settings = [(name, network, compiled, args, device) for compiled, name in pairs]
+        memory = peak_memories(settings)
+        rows = [Row(*row) for row in settings]
+    for k in range(3 + args.steps):  # three to warm up
+        for row in rows:
+            row.step(k)
+    cost = macs(network)
+    first = args.batch_size / median(rows[0].times[3:])  # the first row is the yardstick
+    for row, gib in zip(rows, memory):
+        seconds, worst = median(row.times[3:]), max(row.times[3:])
+        rate, bound = args.batch_size / seconds, cost["vanilla"] / cost[row.name]
+        line = f"{model:10} {row.name:10} {'on' if row.compiled else 'off':>7} {rate:9.1f}"
+        line += f" {rate / first:6.3f} {bound:6.3f} {gib:6.2f} GiB"
+        line += f" {worst / seconds:6.2f} {100 * median(row.outside[3:]):7.1f}%"
+        line += f" {100 * cost[row.name] * rate / peak:5.1f}%" if peak else ""
+        print(line, flush=True)
+    seconds = {row.name: median(row.times[3:]) for row in rows if not row.compiled}
+    if {"mdt", "mdt r=0"} <= set(seconds):
+        gain, bound = seconds["mdt r=0"] / seconds["mdt"], cost["mdt r=0"] / cost["mdt"]
+        line = f"{model:10} masking half of the tokens: {gain:.3f} times the images/s"
+        print(f"{line} of the same network unmasked; bound {bound:.3f}")
+
+
+def main():
+    args = parse_args()
     if args.count:
         return count(args)
-    if args.loader is not None:
-        return loader(args.loader)
+    cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if args.evaluation:
-        evaluation(device)
-        return
+        time_features(device)
+        return time_distance()
     torch.set_float32_matmul_precision("high")
     peak = matmul_rate(device) if cuda else None
     hardware = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"torch {torch.__version__}, {hardware}, batch {args.batch_size}, {args.diffusion}, compile {args.compile}",
-        flush=True,
-    )
+    settings = f"batch {args.batch_size}, {args.diffusion}, compile {args.compile}"
+    print(f"torch {torch.__version__}, {hardware}, {settings}", flush=True)
     if cuda:
         print(f"bf16 matrix product: {2 * peak / 1e12:.0f} TFLOP/s")
-    columns = f"{'model':10} {'method':10} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6} {'memory':>10}"
-    print(f"{columns} {'worst':>6} {'outside':>8}" + "    MFU" * cuda)
-    folder = tempfile.TemporaryDirectory()
+    columns = f"{'model':10} {'method':10} {'compile':>7} {'images/s':>9} {'ratio':>6} {'bound':>6}"
+    print(f"{columns} {'memory':>10} {'worst':>6} {'outside':>8}" + "    MFU" * cuda)
     for model in args.models:
-        shape = {
-            "input_size": args.input_size,
-            "in_channels": 4 if cuda else 3,
-            "num_classes": 1000 if cuda else 10,
-        }
-        network = {**shape, **parse_model(model), "learn_sigma": False}
-        args.teacher = save_teacher(Path(folder.name, "teacher.pt"), network, args.diffusion)
-        compile_modes = {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
-        settings = [
-            (name, network, compiled, args, device)
-            for compiled in compile_modes
-            for name in args.methods
-        ]
-        if cuda:
-            memory = [peak_memory(*s) for s in settings]
-        else:
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                memory = [pool.apply(peak_memory, s) for s in settings]
-        rows = [Row(*s) for s in settings]
-        for k in range(3 + args.steps):  # three to warm up
-            for row in rows:
-                row.step(k)
-        cost, first = (
-            macs(network),
-            args.batch_size / median(rows[0].times[3:]),
-        )  # the first row is the yardstick
-        for row, peak_gib in zip(rows, memory):
-            rate, bound = args.batch_size / median(row.times[3:]), cost["vanilla"] / cost[row.name]
-            line = f"{model:10} {row.name:10} {'on' if row.compiled else 'off':>7} {rate:9.1f} {rate / first:6.3f} {bound:6.3f}"
-            line += f" {peak_gib:6.2f} GiB"
-            line += f" {max(row.times[3:]) / median(row.times[3:]):6.2f} {100 * median(row.outside[3:]):7.1f}%"
-            line += f" {100 * cost[row.name] * rate / peak:5.1f}%" if cuda else ""
-            print(line, flush=True)
-        seconds = {row.name: median(row.times[3:]) for row in rows if not row.compiled}
-        if {"mdt", "mdt r=0"} <= set(seconds):
-            gain, bound = seconds["mdt r=0"] / seconds["mdt"], cost["mdt r=0"] / cost["mdt"]
-            print(
-                f"{model:10} masking half of the tokens: {gain:.3f} times the images/s of the same network unmasked; bound {bound:.3f}"
-            )
-        del rows, row
+        compare(model, args, device, peak)
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
