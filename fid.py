@@ -473,8 +473,9 @@ def parse_args(argv=None):
         fail("--features replaces Inception: leave out --inception and --resize")
     if args.features and {"sfid", "is"} & set(args.metrics or ()):
         fail("--metrics sfid and is need Inception: leave out --features")
-    if args.save_stats and (args.save_stats.suffix != ".npz" or args.save_stats.exists()):
-        fail(f"--save-stats {args.save_stats}: the name must be a new one that ends in .npz")
+    out = args.save_stats
+    if out and (out.suffix != ".npz" or out.exists() or not out.parent.is_dir()):
+        fail(f"--save-stats {out}: give a new name that ends in .npz, in a folder that exists")
     if args.save_stats:
         args.metrics = ["fid", "sfid"]
     elif args.metrics is None:

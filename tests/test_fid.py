@@ -381,7 +381,7 @@ BAD = {  # arguments, and what is said
     "weights": ("a b.npz --inception weights.pth", "cannot load weights.pth"),
     "two networks": ("a b.npz --features features.pt --resize pytorch-fid", "leave out"),
     "no reference": ("a", "give either SAMPLES REFERENCE"),
-    "save over": ("a --save-stats a.npz", "the name must be a new one"),
+    "save over": ("a --save-stats a.npz", "give a new name that ends in .npz"),
     "flag": ("a b.npz --sfid", "unrecognized arguments: --sfid"),
 }
 
