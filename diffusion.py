@@ -1,16 +1,17 @@
-"""Noise processes, their training targets, probability-flow ODE and SDE samplers, and guidance. No networks, no data, no files.
+"""Noise processes, training targets, ODE and SDE samplers, guidance. No networks, data or files.
 
 Conventions, here and in every other file
-  - Time runs from data to noise. Flow: t in [0, 1], x_t = a(t) x_0 + s(t) eps, velocity v = a' x_0 + s' eps (linear: eps - x_0).
-    EDM: the time is the noise level sigma. DDPM: the time is the integer step 0 .. 999, and -1 stands for clean data.
-    The original SiT repository runs the other way (t -> 1 - t, v -> -v): `models.load_official` converts its weights.
-  - Shapes: images and latents (N, C, H, W); tokens (N, T, D); labels (N,) int64; times (N,). The null label is `num_classes`.
+  - Time runs from data to noise. Flow: t in [0, 1], x_t = a(t) x_0 + s(t) eps, velocity
+    v = a' x_0 + s' eps (linear: eps - x_0). EDM: the time is the noise level sigma. DDPM: the time
+    is the integer step 0 .. 999, and -1 stands for clean data. The original SiT repository runs
+    the other way (t -> 1 - t, v -> -v): `models.load_official` converts its weights.
+  - Shapes: images and latents (N, C, H, W); tokens (N, T, D); labels (N,) int64; times (N,).
+    The null label is `num_classes`.
   - "out" is the raw network output: C channels, or 2C under DDPM (noise, then variance values).
-  - Training runs in the dtype of x_0 (float32). Samplers keep their state in float64 and feed the network `dtype`.
+  - Training runs in the dtype of x_0 (float32), samplers in float64 and their network in `dtype`.
 
-Sources: SiT (Ma et al. 2024, arXiv 2401.08740), EDM (Karras et al. 2022, arXiv 2206.00364), DDPM (Ho et al. 2020, arXiv 2006.11239),
-improved DDPM (Nichol & Dhariwal 2021, arXiv 2102.09672), DDIM (Song et al. 2021, arXiv 2010.02502), classifier-free guidance (Ho & Salimans
-2022, arXiv 2207.12598), interval guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724), REPA (Yu et al. 2024, arXiv 2410.06940).
+Sources (arXiv): SiT 2401.08740, EDM 2206.00364, DDPM 2006.11239, improved DDPM 2102.09672, DDIM
+2010.02502, classifier-free guidance 2207.12598, interval guidance 2404.07724, REPA 2410.06940.
 """
 
 import math
@@ -21,10 +22,9 @@ import torch
 
 
 def seed_of(*keys):
-    """A 63-bit seed that depends on every integer (>= 0) in keys and on their number, e.g. (seed, rank, step)."""
-    return int(
-        np.random.SeedSequence([*keys, len(keys)]).generate_state(1, np.uint64)[0] >> np.uint64(1)
-    )
+    """A 63-bit seed from integers (>= 0) and their number, e.g. (seed, rank, step)."""
+    sequence = np.random.SeedSequence([*keys, len(keys)])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def per_image(values, x):
@@ -32,12 +32,11 @@ def per_image(values, x):
     return values.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-# Processes
-
-
 class Diffusion:
-    """What the three noise processes share. The ODE is integrated in the process's own coordinates z = x_t / scale(t), over clock(t), where
-    it is dz/dclock = velocity. Flow and EDM: z = x_t and clock = t. DDPM: the variance-exploding form, in which DDIM is Euler's method.
+    """What the three noise processes share.
+
+    The ODE is integrated in coordinates z = x_t / scale(t) over clock(t): dz/dclock = velocity.
+    Flow and EDM: z = x_t, clock = t. DDPM: the variance-exploding form, where Euler is DDIM.
     """
 
     learned_variance = False
@@ -62,7 +61,7 @@ class Diffusion:
 
 
 class Flow(Diffusion):
-    """Stochastic interpolant with velocity prediction: SiT eq. 1 and 4; path "linear" or "gvp" (SiT section 2.3; REPA calls it cosine)."""
+    """Stochastic interpolant with velocity prediction: SiT eq. 1 and 4. path: linear or gvp."""
 
     def __init__(self, path="linear"):
         if path not in ("linear", "gvp"):
@@ -70,16 +69,13 @@ class Flow(Diffusion):
         self.path = path
 
     def coefficients(self, t):
-        """a, s and their derivatives a', s' at times t."""
+        """a, s and their derivatives a', s' at t: SiT section 2.3 (REPA calls gvp cosine)."""
         if self.path == "linear":
             return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
         half = math.pi / 2
-        return (
-            torch.cos(half * t),
-            torch.sin(half * t),
-            -half * torch.sin(half * t),
-            half * torch.cos(half * t),
-        )
+        cos = torch.cos(half * t)
+        sin = torch.sin(half * t)
+        return cos, sin, -half * sin, half * cos
 
     def draw_t(self, n, device):
         """Training times, uniform in [0, 1): (n,)."""
@@ -96,7 +92,7 @@ class Flow(Diffusion):
         return da * x0 + ds * noise
 
     def denoise(self, out, x_t, t):
-        """x_0 from a velocity: solves x_t = a x_0 + s eps, v = a' x_0 + s' eps. Linear: x_t - t v."""
+        """x_0 from a velocity, by x_t = a x_0 + s eps, v = a' x_0 + s' eps. Linear: x_t - t v."""
         a, s, da, ds = self.coefficients(per_image(t, x_t))
         return (ds * x_t - s * out) / (a * ds - s * da)
 
@@ -120,23 +116,25 @@ class Flow(Diffusion):
 
 
 class EDM(Diffusion):
-    """Preconditioned denoiser of EDM (Table 1, column "ours"): x = x_0 + sigma eps, log sigma ~ Normal(p_mean, p_std)."""
+    """EDM (Table 1, column "ours"): x = x_0 + sigma eps, log sigma ~ Normal(p_mean, p_std)."""
 
     def __init__(
         self, p_mean=-1.2, p_std=1.2, sigma_data=0.5, sigma_min=0.002, sigma_max=80.0, rho=7.0
     ):
-        self.p_mean, self.p_std, self.sigma_data = p_mean, p_std, sigma_data
-        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+        self.p_mean = p_mean
+        self.p_std = p_std
+        self.sigma_data = sigma_data
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self.rho = rho
 
     def preconditioning(self, sigma):
         """c_skip, c_out, c_in, c_noise: EDM Table 1."""
         total = sigma.square() + self.sigma_data**2
-        return (
-            self.sigma_data**2 / total,
-            sigma * self.sigma_data * total.rsqrt(),
-            total.rsqrt(),
-            sigma.log() / 4,
-        )
+        c_skip = self.sigma_data**2 / total
+        c_in = total.rsqrt()
+        c_out = sigma * self.sigma_data * c_in
+        return c_skip, c_out, c_in, sigma.log() / 4
 
     def draw_t(self, n, device):
         """Training noise levels sigma (n,)."""
@@ -152,13 +150,11 @@ class EDM(Diffusion):
         return per_image(c_in, x_t) * x_t, c_noise
 
     def target(self, x0, noise, t):
-        """(x_0 - c_skip x_t) / c_out, EDM eq. 8, whose loss weight lambda(sigma) c_out^2 is 1. Written without its cancellation at
-        small sigma: (sigma / sigma_data x_0 - sigma_data eps) / sqrt(sigma^2 + sigma_data^2).
-        """
+        """(x_0 - c_skip x_t) / c_out: EDM eq. 8, whose loss weight lambda(sigma) c_out^2 is 1."""
         sigma = per_image(t, x0)
-        return (sigma / self.sigma_data * x0 - self.sigma_data * noise) * (
-            sigma.square() + self.sigma_data**2
-        ).rsqrt()
+        c_in = (sigma.square() + self.sigma_data**2).rsqrt()
+        # The same, written without its cancellation at small sigma.
+        return (sigma / self.sigma_data * x0 - self.sigma_data * noise) * c_in
 
     def denoise(self, out, x_t, t):
         """D(x; sigma) = c_skip x + c_out F: EDM eq. 7."""
@@ -175,49 +171,48 @@ class EDM(Diffusion):
     def times(self, steps):
         """EDM eq. 5: sigma_max to sigma_min, then 0; steps + 1 values, float64."""
         ramp = torch.arange(steps, dtype=torch.float64) / max(steps - 1, 1)
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return torch.cat(
-            [(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)]
-        )
+        low = self.sigma_min ** (1 / self.rho)
+        high = self.sigma_max ** (1 / self.rho)
+        sigmas = (high + ramp * (low - high)) ** self.rho
+        return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
 
 class DDPM(Diffusion):
-    """DiT's diffusion: 1000 linear betas from 1e-4 to 0.02, noise prediction, learned-range variance (improved DDPM eq. 15).
+    """DiT's process: 1000 linear betas, noise prediction, learned variance (improved DDPM eq. 15).
 
-    clip: clamp the predicted x_0 to [-1, 1] while sampling (pixels only; DiT samples latents without it).
-    strided: the sampling grid of a constant integer stride from step 0 ("ddimN" in DiT's code) instead of one from 0 to 999.
+    clip: clamp the predicted x_0 to [-1, 1] in sampling (for pixels; DiT's latents go without).
+    strided: sample steps 0, s, 2s, ... ("ddimN" in DiT's code), not spread from 0 to 999.
     """
 
     learned_variance = True
 
     def __init__(self, clip=False, strided=False):
-        self.clip, self.strided = clip, strided
+        self.clip = clip
+        self.strided = strided
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         # Index t + 1, so that index 0 is clean data (t = -1) with an abar of 1.
-        self.cumulative = torch.cat(
-            [torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)]
-        )
+        clean = torch.ones(1, dtype=torch.float64)
+        self.cumulative = torch.cat([clean, torch.cumprod(1 - betas, 0)])
 
     def abar(self, t):
-        """Cumulative product of 1 - beta at integer steps t, 1 at t = -1: float64, on the device of t (the table moves there once)."""
+        """Cumulative product of 1 - beta at integer steps t, 1 at t = -1: float64 on t's device."""
         if self.cumulative.device != t.device:
             self.cumulative = self.cumulative.to(t.device)
         return self.cumulative[t + 1]
 
     def posterior(self, t, t_prev):
-        """q(x_prev | x_t, x_0) of the process with steps t and t_prev < t: DDPM eq. 6 and 7, float64 (N,).
+        """q(x_prev | x_t, x_0) between steps t and t_prev < t: DDPM eq. 6 and 7, float64 (N,).
 
-        Returns the coefficients of x_0 and of x_t in the mean, log beta, and log variance. The variance is 0 in the step to clean data:
-        there its logarithm is that of step 1 (improved DDPM clips the same way; samplers add no noise there).
+        Returns the coefficients of x_0 and x_t in the mean, log beta, log variance. The variance
+        is 0 in the step to clean data: its logarithm there is that of step 1 (improved DDPM).
         """
-        abar, abar_prev = self.abar(t), self.abar(t_prev)
+        abar = self.abar(t)
+        abar_prev = self.abar(t_prev)
         beta = 1 - abar / abar_prev
         mean_x0 = beta * abar_prev.sqrt() / (1 - abar)
         mean_xt = (1 - abar_prev) * (1 - beta).sqrt() / (1 - abar)
-        one, zero = torch.ones_like(t), torch.zeros_like(t)
-        variance_1 = (
-            (1 - self.abar(one) / self.abar(zero)) * (1 - self.abar(zero)) / (1 - self.abar(one))
-        )
+        abar_0, abar_1 = self.cumulative[1:3]  # of steps 0 and 1
+        variance_1 = (1 - abar_1 / abar_0) * (1 - abar_0) / (1 - abar_1)
         variance = torch.where(t_prev < 0, variance_1, beta * (1 - abar_prev) / (1 - abar))
         return mean_x0, mean_xt, beta.log(), variance.log()
 
@@ -235,37 +230,33 @@ class DDPM(Diffusion):
         return noise
 
     def log_variance(self, out, t, t_prev):
-        """Interpolated between log posterior variance and log beta by the last C channels of out: improved DDPM eq. 15."""
+        """log beta and posterior, mixed by the last C channels of out: improved DDPM eq. 15."""
         _, _, log_beta, log_posterior = self.posterior(t, t_prev)
         fraction = (out[:, out.shape[1] // 2 :] + 1) / 2
         return fraction * per_image(log_beta, out) + (1 - fraction) * per_image(log_posterior, out)
 
     def variational_bound(self, out, x0, noise, t):
-        """The variational-bound term per element in bits (N, C, H, W); trains the variance only (the mean is held fixed).
+        """KL(q || p) for t > 0, -log p(x_0 | x_1) at t = 0, in bits per element (N, C, H, W).
 
-        KL(q(x_{t-1} | x_t, x_0) || p) for t > 0, the discretised Gaussian log-likelihood at t = 0: improved DDPM eq. 4-7, as in DiT.
+        Improved DDPM eq. 4-7. Trains the variance only: the mean is held fixed, as in DiT.
         """
-        out = out.float()
         x_t = self.add_noise(x0, noise, t)
-        eps, variance_values = out.chunk(2, 1)
-        log_p = self.log_variance(torch.cat([eps.detach(), variance_values], 1), t, t - 1)
+        eps, variance_values = out.float().chunk(2, 1)
+        eps = eps.detach()
+        log_p = self.log_variance(torch.cat([eps, variance_values], 1), t, t - 1)
         mean_x0, mean_xt, _, log_q = self.posterior(t, t - 1)
         mean_x0, mean_xt, log_q = (per_image(v, x0) for v in (mean_x0, mean_xt, log_q))
-        x0_hat = self.unclipped(eps.detach(), x_t, t)
-        difference = mean_x0 * (x0 - x0_hat)
-        kl = 0.5 * (
-            log_p - log_q - 1 + (log_q - log_p).exp() + difference.square() * (-log_p).exp()
-        )
-        likelihood = discretized_gaussian_log_likelihood(
-            x0, mean_x0 * x0_hat + mean_xt * x_t, 0.5 * log_p
-        )
+        x0_hat = self.unclipped(eps, x_t, t)
+        squared = (mean_x0 * (x0 - x0_hat)).square()
+        kl = 0.5 * (log_p - log_q - 1 + (log_q - log_p).exp() + squared * (-log_p).exp())
+        mean = mean_x0 * x0_hat + mean_xt * x_t
+        likelihood = discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_p)
         return torch.where(per_image(t, x0) == 0, -likelihood, kl) / math.log(2)
 
     def loss(self, out, x0, noise, t):
-        """Squared error of the noise plus the variational bound, per element: DiT's training loss."""
-        return super().loss(out[:, : x0.shape[1]], x0, noise, t) + self.variational_bound(
-            out, x0, noise, t
-        )
+        """DiT's: squared error of the noise plus the variational bound, per element."""
+        squared = super().loss(out[:, : x0.shape[1]], x0, noise, t)
+        return squared + self.variational_bound(out, x0, noise, t)
 
     def unclipped(self, eps, x_t, t):
         abar = self.abar(t)
@@ -277,11 +268,10 @@ class DDPM(Diffusion):
         return x0.clamp(-1, 1) if self.clip else x0
 
     def velocity(self, out, x_t, t):
-        """dz/dclock: the predicted noise, recomputed from x_0 so that clipping counts. DDIM eq. 13-14."""
+        """dz/dclock: the noise, recomputed from x_0 so that clipping counts. DDIM eq. 13-14."""
         abar = self.abar(t)
-        return (x_t - per_image(abar.sqrt(), x_t) * self.denoise(out, x_t, t)) / per_image(
-            (1 - abar).sqrt(), x_t
-        )
+        signal = per_image(abar.sqrt(), x_t) * self.denoise(out, x_t, t)
+        return (x_t - signal) / per_image((1 - abar).sqrt(), x_t)
 
     def clock(self, t):
         return ((1 - self.abar(t)) / self.abar(t)).sqrt()
@@ -290,23 +280,22 @@ class DDPM(Diffusion):
         return self.abar(t).sqrt()
 
     def times(self, steps):
-        """Original step indices from noise to data, then -1: steps + 1 values, int64. The network sees these (improved DDPM section 4)."""
+        """Steps from noise to data, then -1: steps + 1 values, int64 (improved DDPM section 4)."""
         if not 1 <= steps <= 1000:
             raise ValueError(f"{steps} sampling steps: DDPM has 1 to 1000")
         if self.strided:
-            stride = next((s for s in range(1, 1001) if len(range(0, 1000, s)) == steps), None)
-            if stride is None:
+            grid = range(0, 1000, math.ceil(1000 / steps))[::-1]
+            if len(grid) != steps:
                 raise ValueError(f"no integer stride takes exactly {steps} of 1000 steps")
-            grid = list(range(0, 1000, stride))
         else:
-            grid = [round(i * 999 / (steps - 1)) for i in range(steps)] if steps > 1 else [999]
-        return torch.tensor(grid[::-1] + [-1])
+            grid = [round(999 - i * 999 / max(steps - 1, 1)) for i in range(steps)]
+        return torch.tensor([*grid, -1])
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_std):
-    """log P of 8-bit pixels scaled to [-1, 1] under a Gaussian, in nats per element: DDPM eq. 13, with the tanh form of the normal CDF."""
+    """log P of 8-bit pixels scaled to [-1, 1] under a Gaussian, in nats: DDPM eq. 13."""
 
-    def cdf(v):
+    def cdf(v):  # the tanh approximation, as in improved DDPM's code
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
     upper = cdf((x - mean + 1 / 255) * (-log_std).exp())
@@ -327,71 +316,55 @@ def make_diffusion(name, clip=False):
     return Flow("linear" if name == "flow" else name)
 
 
-# Guidance
-
-
 class Guided:
-    """Classifier-free guidance around a network: out = u + scale (c - u), where u sees the null label. One doubled forward.
+    """Classifier-free guidance, one doubled forward: u + scale (c - u), u with the null label.
 
     scale     >= 1; 1 is the network itself, one plain forward.
-    interval  (low, high), in the time of the diffusion: outside it a step costs one plain forward (interval guidance, eq. 6).
-    channels  how many leading channels are guided; None: all of the image's. 3 reproduces DiT's code. Variance channels stay conditional.
+    interval  (low, high) in the diffusion's time; outside it one plain forward (its paper's eq. 6).
+    channels  how many leading channels are guided, never variance; None: all. 3 is DiT's code.
     """
 
     def __init__(self, net, scale, null_label, interval=(-math.inf, math.inf), channels=None):
         if scale == math.inf:
             raise ValueError("guidance must be finite")
         if not scale >= 1:
-            raise ValueError(
-                f"guidance {scale:g} is below 1: that would push samples away from their class; 1 turns guidance off"
-            )
+            raise ValueError(f"guidance {scale:g} is below 1")
         if not interval[0] < interval[1]:
-            raise ValueError(
-                f"guidance interval {interval[0]:g} .. {interval[1]:g} is empty: the first time must be below the second"
-            )
+            raise ValueError(f"guidance interval {interval[0]:g} .. {interval[1]:g} is empty")
         if channels is not None and channels < 1:
             raise ValueError(f"guidance on {channels} channels: must be at least 1")
-        self.net, self.scale, self.null_label, self.interval, self.channels = (
-            net,
-            scale,
-            null_label,
-            interval,
-            channels,
-        )
+        self.net = net
+        self.scale = scale
+        self.null_label = null_label
+        self.interval = interval
+        self.channels = channels
 
     def at(self, t):
         """The network for a sampling step that starts at time t."""
         return self if self.scale != 1 and self.interval[0] <= t <= self.interval[1] else self.net
 
     def __call__(self, x, t, y):
-        out = self.net(
-            torch.cat([x, x]),
-            torch.cat([t, t]),
-            torch.cat([y, torch.full_like(y, self.null_label)]),
-        )
-        conditional, unconditional = out.to(torch.promote_types(out.dtype, torch.float32)).chunk(2)
+        labels = torch.cat([y, torch.full_like(y, self.null_label)])
+        out = self.net(torch.cat([x, x]), torch.cat([t, t]), labels)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        conditional, unconditional = out.chunk(2)
         k = min(self.channels or x.shape[1], x.shape[1])
         guided = unconditional[:, :k] + self.scale * (conditional[:, :k] - unconditional[:, :k])
         return torch.cat([guided, conditional[:, k:]], 1)
 
 
-# Samplers
-
-
 class ImageNoise:
-    """Random draws for images `indices` of a run: image i depends on (seed, i) alone, whatever the batch or the process it lands in.
-
-    Each call gives the next unit noise (N, *shape) float32 on device; the draws themselves are made on the CPU, one generator an image.
-    """
+    """Random draws for images `indices`: image i depends on (seed, i) alone, in whatever batch."""
 
     def __init__(self, seed, indices, shape, device="cpu"):
         self.generators = [torch.Generator().manual_seed(seed_of(seed, i)) for i in indices]
-        self.shape, self.device = tuple(shape), device
+        self.shape = tuple(shape)
+        self.device = device
 
     def __call__(self):
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(
-            self.device
-        )
+        """The next unit noise (N, *shape) float32 on device, drawn on the CPU."""
+        draws = [torch.randn(self.shape, generator=g) for g in self.generators]
+        return torch.stack(draws).to(self.device)
 
     def choice(self, values):
         """One of values per image, uniformly: (N,) int64."""
@@ -400,37 +373,36 @@ class ImageNoise:
 
 
 def network_output(net, diffusion, x, t, y, dtype, start=None):
-    """Raw output (float64) for the sampler state x (float64) at the Python time t, and t as a batch.
+    """Raw output (float64) for the sampler state x (float64) at the Python time t; t as a batch.
 
-    start: when the step began, if not at t; guidance intervals go by it (in REPA too a Heun correction follows the start of its step).
+    start: when the step began, if not at t. Guidance intervals go by it, as in REPA's Heun steps.
     """
-    t_batch = torch.full(
-        (len(x),), t, device=x.device, dtype=torch.int64 if isinstance(t, int) else torch.float64
-    )
+    discrete = isinstance(t, int)
+    t_batch = x.new_full((len(x),), t, dtype=torch.int64 if discrete else torch.float64)
     x_in, t_in = diffusion.net_inputs(x, t_batch)
+    if not discrete:
+        t_in = t_in.to(dtype)
     if isinstance(net, Guided):
         net = net.at(t if start is None else start)
-    return net(x_in.to(dtype), t_in if isinstance(t, int) else t_in.to(dtype), y).double(), t_batch
+    return net(x_in.to(dtype), t_in, y).double(), t_batch
 
 
 @torch.no_grad()
 def sample_ode(net, diffusion, noise, y, steps, solver="heun", dtype=torch.float32):
     """Integrate the probability-flow ODE from unit noise (N, C, H, W) to images, float64.
 
-    net(x, t, y) is a network or `Guided`. Euler costs `steps` calls, Heun 2 * steps - 1 (no correction in the last step).
-    EDM + heun is EDM's Algorithm 1; DDPM + euler is DDIM (eq. 13) on respaced steps; Flow + euler or heun is REPA's ODE sampler.
+    net(x, t, y) is a network or `Guided`. Euler costs `steps` calls, Heun 2 * steps - 1. EDM + heun
+    is EDM's Algorithm 1; DDPM + euler is DDIM (eq. 13); Flow + either is REPA's ODE sampler.
     """
-    if solver not in ("euler", "heun"):
-        raise ValueError(f"unknown ODE solver {solver!r}: choose euler or heun")
+    assert solver in ("euler", "heun"), solver
     grid = diffusion.times(steps)
-    times, clock, scale = (
-        grid.tolist(),
-        diffusion.clock(grid).tolist(),
-        diffusion.scale(grid).tolist(),
-    )
+    times = grid.tolist()
+    clock = diffusion.clock(grid).tolist()
+    scale = diffusion.scale(grid).tolist()
     x = diffusion.start(noise.double())
     for i in range(steps):
-        z, step = x / scale[i], clock[i + 1] - clock[i]
+        z = x / scale[i]
+        step = clock[i + 1] - clock[i]
         out, t = network_output(net, diffusion, x, times[i], y, dtype)
         d = diffusion.velocity(out, x, t)
         x = (z + step * d) * scale[i + 1]
@@ -442,9 +414,10 @@ def sample_ode(net, diffusion, noise, y, steps, solver="heun", dtype=torch.float
 
 @torch.no_grad()
 def sample_sde(net, diffusion, noise, y, steps, draw, dtype=torch.float32, churn=None):
-    """Stochastic sampling from unit noise (N, C, H, W) to images, float64. draw() gives the next unit noise, e.g. an `ImageNoise`.
+    """Stochastic sampling from unit noise (N, C, H, W) to images, float64.
 
-    Flow: Euler-Maruyama of REPA. DDPM: ancestral sampling with the learned variance. EDM: Algorithm 2, churn = {"S_churn": ...}.
+    draw() gives the next unit noise, e.g. an `ImageNoise`. Flow: Euler-Maruyama. DDPM: ancestral
+    sampling with the learned variance. EDM: Algorithm 2, churn = {"S_churn": ...}.
     """
     if isinstance(diffusion, EDM):
         return stochastic_heun(net, diffusion, noise, y, steps, draw, dtype, **(churn or {}))
@@ -453,7 +426,7 @@ def sample_sde(net, diffusion, noise, y, steps, draw, dtype=torch.float32, churn
 
 
 def euler_maruyama(net, diffusion, noise, y, steps, draw, dtype, last=0.04):
-    """SiT eq. 6 with g^2 = 2t: times linspace(1, 0.04, steps), then 0; steps - 1 noisy steps and one without noise (REPA, SRA)."""
+    """SiT eq. 6 with g^2 = 2t, as REPA and SRA sample: steps - 1 noisy steps, one without noise."""
     times = [*torch.linspace(1, last, steps, dtype=torch.float64).tolist(), 0.0]
     x = diffusion.start(noise.double())
     for t, t_next in pairwise(times):
@@ -466,7 +439,7 @@ def euler_maruyama(net, diffusion, noise, y, steps, draw, dtype, last=0.04):
 
 
 def ancestral(net, diffusion, noise, y, steps, draw, dtype):
-    """DDPM Algorithm 2 on respaced steps with the learned variance: improved DDPM eq. 15-16; the last step adds no noise."""
+    """DDPM Algorithm 2 on respaced steps with the learned variance: improved DDPM eq. 15-16."""
     x = diffusion.start(noise.double())
     for t, t_prev in pairwise(diffusion.times(steps).tolist()):
         out, t_batch = network_output(net, diffusion, x, t, y, dtype)
@@ -479,17 +452,7 @@ def ancestral(net, diffusion, noise, y, steps, draw, dtype):
 
 
 def stochastic_heun(
-    net,
-    diffusion,
-    noise,
-    y,
-    steps,
-    draw,
-    dtype,
-    S_churn=40.0,
-    S_min=0.0,
-    S_max=math.inf,
-    S_noise=1.0,
+    net, diffusion, noise, y, steps, draw, dtype, S_churn=40, S_min=0, S_max=math.inf, S_noise=1
 ):
     """EDM Algorithm 2. One draw a step, also where the churn is zero, as in the official code."""
     x = diffusion.start(noise.double())

@@ -1,60 +1,55 @@
-"""DiverseDiT: diverse representation learning in diffusion transformers (Yang et al., CVPR 2026, arXiv 2603.04239).
+"""DiverseDiT: diverse representation learning in diffusion transformers (CVPR 2026, 2603.04239).
 
-Blocks of a diffusion transformer learn much the same; the ones that differ help. Long residual connections from the first half of the
-blocks to the second give late blocks other inputs, and a loss on the blocks' own features makes them differ. No encoder, no teacher.
+Blocks learn much the same; the ones that differ help. Long residual connections from the first half
+of the blocks to the second give late blocks other inputs. A loss on the blocks' own features makes
+them differ. No encoder, no teacher.
 
-    z     = Linear( LN( concat(f_{L-i-1}, f_i) ) ),  i = 0 .. L/2 - 1    enters block L - i in place of f_{L-i-1}              (Eq. 8)
-    mu_i  = mean of f_i over images and tokens                          f_i: stream after block i, P: pairs of 10 random blocks
-    orth  = mean over P of cos(mu_i, mu_j)                              MI = mean over P of | mean over tokens of cos(f_i, f_j) |
-    disp  = -min(1, 4 Var_k(a_k / max_k a_k)),   a_k = mean over blocks and tokens of |f_i,k| / ||f_i,k||     (norm over tokens)
-    L_div = (orth + MI + disp) / 3
-    w     = 1 if L_div > 0.5;  (L_div - 0.1) / 0.5 if 0.1 < L_div <= 0.5;  else 0                                         (after Eq. 15)
-    L     = L_denoise + w L_div
+    z    = Linear( LN( concat(f_{L-i-1}, f_i) ) ), i = 0 .. L/2 - 1, enters block L - i  (Eq. 8)
+    orth = mean over pairs P of cos(mu_i, mu_j)                 mu_i: mean of f_i over all tokens
+    MI   = mean over P of | mean over tokens of cos(f_i, f_j) |       P: pairs of 10 random blocks
+    disp = -min(1, 4 Var_k(a_k / max_k a_k)),  a_k = mean over blocks, tokens of |f_i,k| / ||f_i,k||
+    L    = L_denoise + w L_div,    L_div = (orth + MI + disp) / 3
+    w    = 1 if L_div > 0.5; (L_div - 0.1) / 0.5 if 0.1 < L_div <= 0.5; else 0   (after Eq. 15)
 
-Commands; running one again resumes it from its newest checkpoint
-    python train_diversedit.py --image-size 16 --model DiT-Ti/2 --steps 1000 --batch-size 16 --lr 2e-3 --warmup 100 --ema-warmup    toy, CPU
-    torchrun --nproc_per_node=8 train_diversedit.py --data imagenet/train --vae VAE --image-size 256 --model SiT-XL/2
-                                        8 GPUs (512 px: --image-size 512); VAE: sd-vae-ft-mse's diffusion_pytorch_model.safetensors
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_diversedit.py ...       2 nodes, on both
-The paper's optimisation is the default: batch 256, AdamW 1e-4, clipping at 1, EMA 0.9999 from the first step, 400,000 steps, no flips.
-With SRA's loss on top: `--align-weight 0.2` (Table 9 adds it after Dispersive Loss, which is not here). Plain SiT: `--long-residual none
---diversity-weight 0`.
-Logged: the three terms, `diversity` (L_div) and its `weight`; a run whose weight stays 0 has the loss switched off by its own rule.
+Commands; the same command goes on with an interrupted run:
+    # toy: built-in shapes, CPU
+    python train_diversedit.py --image-size 16 --model DiT-Ti/2 --steps 1000 --batch-size 16 \
+        --lr 2e-3 --warmup 100 --ema-warmup
+    # 8 GPUs, the paper's setting; VAE: sd-vae-ft-mse's diffusion_pytorch_model.safetensors
+    torchrun --nproc_per_node=8 train_diversedit.py --data imagenet/train --vae vae.safetensors \
+        --image-size 256 --model SiT-XL/2
+    # 2 nodes, on both
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
+        train_diversedit.py --data imagenet/train --vae vae.safetensors --image-size 256 \
+        --model SiT-XL/2
+With SRA on top: `--align-weight 0.2`. Plain SiT: `--long-residual none --diversity-weight 0`.
 
-Implementation details (files of the official repository at 5fedda17; its research model is models/sit_2.py at ff92f9dd)
- 1. Long residuals `pre` are the paper's Eq. 8 with f_0 the embedded input, and the research model's. `post`, the released models/sit.py,
-    fuses f_j (j = 1 .. L/2) after block L + 1 - j. No bypass: z replaces the stream. Plain Xavier, LayerNorm affine and in fp32.
- 2. Pairs: the paper's supplement has 10 random layers. All 45 pairs of them, drawn anew in every step, are our reading; they are equal
-    on all ranks, keyed by the seed. `--pair-layers` as in Table A7. `--pairs anchor`: loss.py's list of the first 10 pairs, block 1 with
-    2 .. 11; beside REPA at depth d it starts at block 10 - d: `--anchor-block 2` for d = 8, 5 for d = 5. `--pairs all`: all of all blocks.
- 3. Terms as in loss.py, which adds the absolute values, the factor 4 and the limit of disp, and 1/3 for the paper's 0.33. With the
-    paper's signed a_k the division by the largest entry is unbounded. `--term-weights`: orth, MI, disp; disp alone does not help (Table 7).
- 4. disp is over the blocks of P, as in the paper; with `--pairs anchor` over all blocks, as in loss.py.
- 5. The weight is not detached [train.py]: between 0.1 and 0.5 the gradient of w L_div is 4 L_div - 0.2 times that of L_div.
-    `--detach-weight`: 2 L_div - 0.2. Other bounds of Table 8 by `--weight-range`; its divisor is the upper bound, as 0.5 is in the paper.
- 6. Each process, and each micro-batch, has its own L_div and w [loss.py], of 32 images in the paper's runs. Both blocks of a pair get a
-    gradient. No projection heads. Terms in fp32; the products in TF32 on GPUs.
- 7. SRA's loss [its defaults are those of train_sra.py]: smooth L1, student block -> EMA's block by depth, lower noise for the teacher.
-
-Differences from the official code
- 1. As released, its train.py stops with an AttributeError, or, patched naively, silently drops the long residuals.
- 2. loss.py branches on tensors for non-finite values, many times a step, and returns 0 then; here a non-finite loss stops the run.
- 3. Its anchor list wraps round to the last blocks for d > 9 and pairs blocks with themselves in small networks;
-    here it ends with the last pair, and an anchor without pairs is refused.
- 4. `--block-diversity-loss-coeff` does nothing there (later versions: a constant, with which the paper's Table 8 diverges):
-    `--diversity-weight`. 5. Features are kept for the chosen blocks only. 6. It trains in fp16, we in bf16.
+Implementation details (files of the official repository at 5fedda17; research model at ff92f9dd)
+ 1. Long residuals: pre is Eq. 8 and the research model; post is the released models/sit.py. No
+    bypass, Xavier, LayerNorm in fp32. Under bf16 the stream is rounded to bf16 at each of them.
+ 2. Pairs: 10 random blocks [supplement], all 45 pairs, drawn anew in every step, equal on all ranks
+    (our reading). `--pairs anchor`: loss.py's first 10 pairs, wrapping nowhere. `all`: all blocks.
+ 3. Terms as in loss.py, which adds the absolute values, the 4 and the limit of disp. disp is over
+    the blocks of P, with anchor over all blocks. Each process and micro-batch has its own L_div.
+ 4. The weight is not detached [train.py]: its gradient is 4 L_div - 0.2 times L_div's.
+ 5. No flips, no EMA warm-up, batch 256, AdamW 1e-4, clipping at 1. SRA as in train_sra.py.
+Differences: the released train.py stops with an AttributeError. Its block-diversity coefficient
+does nothing. It returns 0 for non-finite values, here the run stops. fp16 there, bf16 here.
 """
 
 import argparse
-import contextlib
+import fcntl
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,118 +59,64 @@ import torch.nn as nn
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+import models
 from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
-from models import (
-    VAE_SCALE,
-    Block,
-    cache_latents,
-    check_log,
-    fresh_store,
-    hold_lock,
-    image_grid,
-    load_checkpoint,
-    load_vae,
-)
-from models import (
-    newest_checkpoint,
-    on_rank_0,
-    open_image,
-    parse_model,
-    shapes,
-    to_uint8,
-    write_atomically,
-)
+from models import UserError, write_atomically
 
-# --- method: DiverseDiT -----------------------------------------------------------------------------------------------------------------
+# --- method: DiverseDiT
 
 import torch.nn.functional as F
 
 from models import DiT, frozen_copy
 
-DEFAULTS = {"ema_warmup": False, "flip": False}
+DEFAULTS = {"flip": False, "ema_warmup": False}
 
 
 def method_arguments(parser):
     add = parser.add_argument_group("DiverseDiT").add_argument
-    add(
-        "--long-residual",
-        choices=("pre", "post", "none"),
-        default="pre",
-        help="pre: the paper's equation; post: the released code",
-    )
-    add(
-        "--diversity-weight",
-        type=float,
-        help="constant weight in place of the paper's adaptive one; 0: no diversity loss",
-    )
-    add(
-        "--weight-range",
-        type=float,
-        nargs=2,
-        default=(0.1, 0.5),
-        metavar=("LOW", "HIGH"),
-        help="of L_div: weight 0 below, 1 above",
-    )
+    wirings = ("pre", "post", "none")
+    add("--long-residual", choices=wirings, default="pre", help="pre: paper; post: released code")
+    weight = "constant; 0: no diversity loss (default: the paper's adaptive one)"
+    add("--diversity-weight", type=float, help=weight)
+    ends = ("LOW", "HIGH")
+    bounds = "of L_div: weight 0 below, 1 above"
+    add("--weight-range", type=float, nargs=2, default=[0.1, 0.5], metavar=ends, help=bounds)
     add("--detach-weight", action="store_true", help="no gradient through the adaptive weight")
-    add(
-        "--term-weights",
-        type=float,
-        nargs=3,
-        default=(1 / 3, 1 / 3, 1 / 3),
-        metavar=("ORTH", "MI", "DISP"),
-    )
-    add(
-        "--pairs",
-        choices=("random", "anchor", "all"),
-        default="random",
-        help="which pairs of blocks are to differ",
-    )
+    add("--term-weights", type=float, nargs=3, default=[1 / 3] * 3, help="of orth, MI, disp")
+    pairs = ("random", "anchor", "all")
+    add("--pairs", choices=pairs, default="random", help="which pairs of blocks are to differ")
     add("--pair-layers", type=int, default=10, help="random: number of blocks drawn in a step")
     add("--anchor-block", type=int, default=1, help="anchor: first block of the first of 10 pairs")
+    add("--align-weight", type=float, default=0.0, help="of SRA's alignment on top (SRA: 0.2)")
+    add("--student-block", type=int, help="SRA: aligned block (default: the paper's)")
+    add("--teacher-block", type=int, help="SRA: block of the EMA (default: the paper's)")
     add(
-        "--align-weight",
-        type=float,
-        default=0.0,
-        help="weight of SRA's alignment on top (SRA: 0.2)",
-    )
-    add(
-        "--student-block",
-        type=int,
-        help="SRA: block whose projected output is aligned (default: the paper's for the model)",
-    )
-    add(
-        "--teacher-block",
-        type=int,
-        help="SRA: block of the EMA it is aligned with (default: the paper's for the model)",
-    )
-    add(
-        "--time-gap",
-        type=float,
-        default=0.2,
-        help="SRA: the teacher is up to this much nearer to the data, as a fraction of all time",
+        "--time-gap", type=float, default=0.2, help="SRA: the teacher's lead, as a part of all time"
     )
 
 
 def block_pairs(depth, pairs, anchor):
-    """Pairs (i, j), i < j, of blocks counted from 1: all, or ten as in the released loss.py, from (anchor, anchor + 1) on."""
-    chosen = [
-        (i, j)
-        for i in range(anchor if pairs == "anchor" else 1, depth + 1)
-        for j in range(i + 1, depth + 1)
-    ]
+    """Pairs (i, j), i < j, of blocks: all, or loss.py's ten, from (anchor, anchor + 1) on."""
+    first = anchor if pairs == "anchor" else 1
+    chosen = [(i, j) for i in range(first, depth + 1) for j in range(i + 1, depth + 1)]
     return chosen[:10] if pairs == "anchor" else chosen
 
 
 def diversity_terms(features, pairs):
-    """orth, MI, disp (scalars) of features (K, N, T, D) over the pairs (K, K), 0 or 1, of those K blocks: section 3.2, as in loss.py."""
+    """orth, MI, disp (scalars) of features (K, N, T, D): section 3.2, as in loss.py.
+
+    pairs (K, K), 0 or 1: which pairs of those K blocks count.
+    """
     with torch.autocast(features.device.type, enabled=False):
-        f, count = features.float().flatten(1, 2), pairs.sum()  # (K, N T, D)
+        f = features.float().flatten(1, 2)  # (K, N T, D)
+        count = pairs.sum()
         means = F.normalize(f.mean(1), dim=1, eps=1e-8)  # (K, D)
         directions = F.normalize(f, dim=2, eps=1e-8).flatten(1)  # (K, N T D)
         orth = ((means @ means.T) * pairs).sum() / count
         mi = ((directions @ directions.T / f.shape[1]).abs() * pairs).sum() / count
         activity = (f.abs().mean(1) / f.norm(dim=1).clamp(min=1e-12)).mean(0)  # (D,)
-        disp = -((activity / (activity.max() + 1e-8)).var(unbiased=False) / 0.25).clamp(0, 1)
+        relative = activity / (activity.max() + 1e-8)
+        disp = -(relative.var(unbiased=False) / 0.25).clamp(0, 1)
     return orth, mi, disp
 
 
@@ -194,754 +135,488 @@ def alignment_blocks(depth, ddpm):
     return max(1, round(depth / 4)), round(2 * depth / 3)
 
 
+def projection_head(dim):
+    """SRA's head, as in train_sra.py."""
+    head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+    for layer in (head[0], head[2]):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return head
+
+
 class DiverseDiT(nn.Module):
-    """`model` is trained, `ema` averages it: what is sampled, and SRA's teacher. The loop sets `step`, the number of finished steps."""
+    """`model` is trained, `ema` averages it: what is sampled, and SRA's teacher."""
 
     def __init__(self, args, network, diffusion):
         super().__init__()
-        depth, D = network["depth"], network["hidden_size"]
-        self.args, self.diffusion, self.step, self.depth = args, diffusion, 0, depth
+        self.args = args
+        self.diffusion = diffusion
+        self.step = 0  # set by the loop: steps that are done
         self.null_label = network["num_classes"]
+        self.depth = network["depth"]
         self.model = DiT(**network, long_residual=args.long_residual)
         self.ema = frozen_copy(self.model)
-        self.layers = (
-            min(args.pair_layers, depth) if args.pairs == "random" else depth
-        )  # blocks that the loss sees
+        self.layers = self.depth  # blocks that the loss sees
+        if args.pairs == "random":
+            self.layers = min(args.pair_layers, self.depth)
         if args.diversity_weight != 0:
-            if self.layers < 2 or not 1 <= args.anchor_block < depth:
-                raise ValueError(
-                    f"no pair of blocks: need --pair-layers 2 or more, and 1 <= --anchor-block < {depth} (the depth)"
-                )
-            if not 0 <= args.weight_range[0] < args.weight_range[1]:
-                raise ValueError(
-                    f"--weight-range {args.weight_range[0]} {args.weight_range[1]}: need 0 <= LOW < HIGH"
-                )
-            if not all(0 <= w < math.inf for w in args.term_weights):
-                raise ValueError(
-                    f"--term-weights {' '.join(map(str, args.term_weights))}: must be 0 or more"
-                )
+            self.check(args)
             pairs = torch.zeros(self.layers, self.layers)
             for i, j in block_pairs(self.layers, args.pairs, args.anchor_block):
                 pairs[i - 1, j - 1] = 1
             self.register_buffer("pairs", pairs, persistent=False)
         if args.align_weight > 0:
             if args.diffusion == "edm":
-                raise ValueError(
-                    "SRA is defined for --diffusion flow, gvp and ddpm; with edm only --align-weight 0"
-                )
-            student, teacher = alignment_blocks(depth, args.diffusion == "ddpm")
+                raise UserError("SRA is not defined for --diffusion edm")
+            student, teacher = alignment_blocks(self.depth, args.diffusion == "ddpm")
             self.student_block = student if args.student_block is None else args.student_block
             self.teacher_block = teacher if args.teacher_block is None else args.teacher_block
-            if not 1 <= self.student_block <= self.teacher_block <= depth:
-                blocks = f"{self.student_block} and {self.teacher_block}"
-                raise ValueError(
-                    f"student and teacher block {blocks}: need 1 <= student <= teacher <= {depth} (the depth)"
+            if not 1 <= self.student_block <= self.teacher_block <= self.depth:
+                blocks = (
+                    f"--student-block {self.student_block} --teacher-block {self.teacher_block}"
                 )
-            self.head = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, D))
-            for layer in (self.head[0], self.head[2]):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                raise UserError(f"{blocks}: need 1 <= student <= teacher <= {self.depth}")
+            self.head = projection_head(network["hidden_size"])
+
+    def check(self, args):
+        low, high = args.weight_range
+        if self.layers < 2 or not 1 <= args.anchor_block < self.depth:
+            raise UserError(
+                "no pair of blocks: --pair-layers 2 or more, --anchor-block below depth"
+            )
+        if not 0 <= low < high:
+            raise UserError(f"--weight-range {low} {high}: need 0 <= LOW < HIGH")
 
     def choose_layers(self):
-        """Blocks (counted from 1) that the loss sees in this step, in ascending order; equal on all ranks and in all micro-batches."""
+        """Blocks that the loss sees in this step, ascending; equal on all ranks."""
         if self.layers == self.depth:
             return range(1, self.depth + 1)
         rng = np.random.default_rng(seed_of(self.args.seed, self.step))
         return sorted((rng.permutation(self.depth)[: self.layers] + 1).tolist())
 
     def forward(self, x0, y, t=None, noise=None, drop=None, u=None, layers=None):
-        """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> scalars. Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1), and the
-        layers of the pairs, ascending."""
-        n, args = len(x0), self.args
+        """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> {"loss", ...}, scalars.
+
+        Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1), layers of the pairs, ascending.
+        """
+        args = self.args
+        n = len(x0)
         t = self.diffusion.draw_t(n, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         drop = torch.rand(n, device=x0.device) if drop is None else drop
         u = torch.rand(n, device=x0.device) if u is None else u
-        layers = (
-            tuple(self.choose_layers() if layers is None else layers)
-            if args.diversity_weight != 0
-            else ()
-        )
-        aligned = (self.student_block,) if args.align_weight > 0 else ()
+        layers = self.choose_layers() if layers is None else layers
+        wanted = tuple(layers) if args.diversity_weight != 0 else ()
+        if args.align_weight > 0:
+            wanted += (self.student_block,)
         y = torch.where(drop < args.label_drop, self.null_label, y)
-        x_t = self.diffusion.add_noise(x0, noise, t)
-        inputs = (*self.diffusion.net_inputs(x_t, t), y)
+        inputs = (*self.diffusion.net_inputs(self.diffusion.add_noise(x0, noise, t), t), y)
         out, features = (
-            self.model(*inputs, features=layers + aligned)
-            if layers + aligned
-            else (self.model(*inputs), {})
+            self.model(*inputs, features=wanted) if wanted else (self.model(*inputs), {})
         )
         denoise = self.diffusion.loss(out, x0, noise, t).mean()
-        total, terms = denoise, {"denoise": denoise}
-        if layers:
-            orth, mi, disp = diversity_terms(torch.stack([features[k] for k in layers]), self.pairs)
-            diversity = sum(a * b for a, b in zip(args.term_weights, (orth, mi, disp)))
+        total = denoise
+        terms = {"denoise": denoise}
+        if args.diversity_weight != 0:
+            parts = diversity_terms(torch.stack([features[k] for k in layers]), self.pairs)
+            diversity = sum(a * b for a, b in zip(args.term_weights, parts))
             weight = adaptive_weight(diversity, *args.weight_range)
             if args.diversity_weight is not None:
                 weight = torch.full_like(weight, args.diversity_weight)
             total = total + (weight.detach() if args.detach_weight else weight) * diversity
-            terms |= {
-                "diversity": diversity,
-                "orth": orth,
-                "mi": mi,
-                "disp": disp,
-                "weight": weight,
-            }
-        if aligned:  # SRA, as in train_sra.py
-            earlier = (t - args.time_gap * u).clamp(0, 1)
-            if t.dtype == torch.int64:
-                earlier = (t - (u * round(1000 * args.time_gap)).long()).clamp(1, 999)
-            x_teacher = self.diffusion.add_noise(x0, noise, earlier)
-            with torch.no_grad():
-                target = self.ema.tokens_after(
-                    *self.diffusion.net_inputs(x_teacher, earlier), y, self.teacher_block
-                )  # (N, T, D)
-            align = F.smooth_l1_loss(
-                self.head(features[self.student_block]).float(), target.float(), beta=0.05
-            )
-            total, terms = total + args.align_weight * align, {**terms, "align": align}
+            terms |= {"diversity": diversity, **dict(zip(("orth", "mi", "disp"), parts))}
+            terms |= {"weight": weight}
+        if args.align_weight > 0:
+            align = self.alignment(features[self.student_block], x0, y, t, noise, u)
+            total = total + args.align_weight * align
+            terms |= {"align": align}
         return {"loss": total, **terms}
+
+    def alignment(self, tokens, x0, y, t, noise, u):
+        """SRA's loss of the student's tokens (N, T, D), as in train_sra.py."""
+        earlier = (t - self.args.time_gap * u).clamp(0, 1)
+        if t.dtype == torch.int64:  # DDPM's steps
+            earlier = (t - (u * round(1000 * self.args.time_gap)).long()).clamp(1, 999)
+        x_teacher = self.diffusion.add_noise(x0, noise, earlier)
+        inputs = self.diffusion.net_inputs(x_teacher, earlier)
+        with torch.no_grad():
+            target = self.ema.tokens_after(*inputs, y, self.teacher_block)  # (N, T, D)
+        return F.smooth_l1_loss(self.head(tokens).float(), target.float(), beta=0.05)
 
     def after_step(self, step, steps):
         """Nothing to update: SRA's teacher is the EMA, which the loop keeps."""
 
 
-# --- end method -------------------------------------------------------------------------------------------------------------------------
+# --- end method
 
 # The rest is the same in every training script: arguments, data, checkpoints, loop.
 
-SHAPES = {  # built-in data, by class: colour, corners, (width, height) of each part, turn in degrees, size of the hole
-    "red circle": ((220, 40, 40), 64, [(1, 1)], 0, 0),
-    "green square": ((40, 170, 60), 4, [(1, 1)], 0, 0),
-    "blue triangle": ((40, 70, 220), 3, [(1, 1)], 0, 0),
-    "yellow bar": ((235, 195, 20), 4, [(1.2, 0.4)], 0, 0),
-    "purple pillar": ((140, 50, 180), 4, [(0.4, 1.2)], 0, 0),
-    "cyan ring": ((20, 180, 200), 64, [(1, 1)], 0, 0.55),
-    "orange cross": ((240, 130, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 0, 0),
-    "pink diamond": ((240, 90, 170), 4, [(1, 1)], 45, 0),
-    "brown frame": ((130, 80, 40), 4, [(1, 1)], 0, 0.55),
-    "black saltire": ((20, 20, 20), 4, [(1.2, 0.4), (0.4, 1.2)], 45, 0),
-}
-
-
-def fail(message, every_rank=False):
-    """A user error: one line on stderr, exit code 2. What every rank sees, the first of each machine prints; the others wait for it."""
-    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(
-            f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}",
-            file=sys.stderr,
-            flush=True,
-        )
-    else:
-        time.sleep(3)
-    sys.exit(2)
-
-
-def explain(kind, error, trace):
-    """sys.excepthook: what befell the machine is told in one line, what is wrong with the program as a traceback."""
-    text = " ".join(str(error).split()) or "interrupted"
-    if issubclass(kind, torch.OutOfMemoryError):
-        text += " (use a smaller --micro-batch, or --checkpointing)"
-    elif issubclass(kind, dist.DistError):
-        text += " (a process was lost, or they cannot reach each other)"
-    elif "gloo/transport" in text:
-        text = (
-            text.partition(". ")[0]
-            + " (another process was lost: the same command goes on from the newest checkpoint)"
-        )
-    elif not issubclass(kind, (OSError, KeyboardInterrupt)):
-        return sys.__excepthook__(kind, error, trace)
-    print(
-        f"\n{Path(sys.argv[0]).name}: error: {text}", file=sys.__stderr__, flush=True
-    )  # torch.distributed redirects sys.stderr here
-    os._exit(1)  # at once: threads that wait for other processes would not end
+CORNERS = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "circle": 64}
+SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  # built-in classes
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SHARD = 1024  # images in a file of the cache
+FREE = """allow_changes cache checkpointing classes compile data keep log_every micro_batch network
+out sample_every save_every steps vae""".split()  # what may differ when a run goes on
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.error, add, switch = (
-        fail,
-        parser.add_argument_group("run").add_argument,
-        argparse.BooleanOptionalAction,
-    )
-    add(
-        "--data",
-        default="shapes",
-        help="'shapes' (built in) or a folder of class folders of images",
-    )
-    add("--image-size", type=int, default=32, help="side in pixels; images are cropped as in ADM")
-    add(
-        "--vae",
-        help="weights of the Stable-Diffusion VAE (.safetensors or .bin): train on its latents, encoded once",
-    )
-    add("--latents", help="the file that caches them (default: DATA.SIZE.latents)")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = models.fail
+    add = parser.add_argument_group("run").add_argument
+    switch = argparse.BooleanOptionalAction
+    add("--data", default="shapes", help="'shapes' (built in) or a folder of class folders")
+    add("--image-size", type=int, default=32, help="side in pixels, after ADM's crop")
+    add("--vae", help="weights of a VAE (.safetensors or .bin): train on its latents")
+    add("--vae-scale", type=float, default=models.VAE_SCALE, help="factor on the latents")
+    add("--cache", help="folder for decoded images and latents (default: DATA.cache)")
     add("--flip", action=switch, default=True, help="mirror half of the images")
-    add(
-        "--out",
-        default=f"results/{Path(sys.argv[0]).stem}",
-        help="folder of log.jsonl, samples/, checkpoints/",
-    )
+    add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder for all output")
+    add("--allow-changes", action="store_true", help="go on with a run under other flags")
+    add("--init-from", help="start from weights and EMA of this checkpoint or run")
+    add("--official", choices=models.SOURCES, help="--init-from is of that official code")
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
-    add("--diffusion", choices=DIFFUSIONS, default="flow")
-    add("--qk-norm", action=switch, default=False)
-    add("--steps", type=int, default=400_000)
-    add(
-        "--batch-size",
-        type=int,
-        default=256,
-        help="global: over all processes and accumulated micro-batches",
-    )
-    add(
-        "--micro-batch",
-        type=int,
-        help="images per process and forward (default: all of the process's share)",
-    )
-    add("--lr", type=float, default=1e-4)
+    add("--diffusion", choices=DIFFUSIONS, default="flow", help="noise process")
+    add("--qk-norm", action=switch, default=False, help="LayerNorm of queries and keys")
+    add("--steps", type=int, default=400_000, help="optimizer steps of the whole run")
+    add("--batch-size", type=int, default=256, help="over all processes and micro-batches")
+    add("--micro-batch", type=int, help="images per process and forward (default: all)")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
     add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
     add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
-    add("--ema-decay", type=float, default=0.9999)
-    add(
-        "--ema-warmup",
-        action=switch,
-        default=True,
-        help="decay min(ema-decay, (1 + s) / (10 + s)) at step s",
-    )
-    add(
-        "--label-drop",
-        type=float,
-        default=0.1,
-        help="share of labels replaced by the null label, for guidance",
-    )
-    add(
-        "--precision",
-        choices=("bf16", "fp32"),
-        help="autocast (default: bf16 on CUDA, fp32 on CPU)",
-    )
-    add("--compile", action=switch, default=False, help="torch.compile every transformer block")
-    add(
-        "--checkpointing",
-        action=switch,
-        default=False,
-        help="keep no activations of blocks: a third more time, far less memory",
-    )
-    add("--seed", type=int, default=0)
-    add(
-        "--workers", type=int, help="data-loading processes per rank (default: 8 on CUDA, 0 on CPU)"
-    )
-    add("--log-every", type=int, default=50)
-    add(
-        "--sample-every",
-        type=int,
-        default=10_000,
-        help="steps between sample grids; 0: only at the end",
-    )
-    add(
-        "--save-every",
-        type=int,
-        default=10_000,
-        help="steps between checkpoints; 0: only at the end",
-    )
-    add("--keep", type=int, default=0, help="how many checkpoints to keep, the newest; 0: all")
+    add("--ema-decay", type=float, default=0.9999, help="decay of the weights' average")
+    add("--ema-warmup", action=switch, default=True, help="decay at most (1 + s) / (10 + s)")
+    add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label")
+    add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, else fp32)")
+    add("--compile", action=switch, default=False, help="torch.compile every block")
+    add("--checkpointing", action=switch, default=False, help="recompute blocks, for less memory")
+    add("--seed", type=int, default=0, help="of weights, data order and every draw")
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--sample-every", type=int, default=10_000, help="steps between grids; 0: at the end")
+    add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: at the end")
+    add("--keep", type=int, default=0, help="how many checkpoints to keep; 0: all")
     method_arguments(parser)
-    parser.set_defaults(vae_hash=None, **DEFAULTS)
-    args = parser.parse_args(argv)
-    if args.latents and not args.vae:
-        fail("--latents needs --vae")
-    least = {"image_size": 1, "steps": 1, "batch_size": 1, "log_every": 1, "micro_batch": 1}
-    most = {"ema_decay": 1, "label_drop": 1, "time_gap": 1, "mask_ratio": 1}
-    for name, value in vars(args).items():
-        if value == "" or (
-            isinstance(value, (int, float))
-            and not least.get(name, 0) <= value <= most.get(name, 2**63 - 1)
-        ):
-            fail(f"--{name.replace('_', '-')} {value!r} is out of range")
-    return args
+    parser.set_defaults(**DEFAULTS)
+    for action in parser._actions:
+        if action.default not in (None, argparse.SUPPRESS) and "default" not in action.help:
+            action.help += " (default: %(default)s)"
+    return parser.parse_args(argv)
 
 
 def draw_shape(index, size):
-    """Image `index` of the built-in data, class index % 10: place, size, tilt and the grey behind it depend on the index alone."""
+    """Image `index` of the built-in data, of class index % 10; it depends on the index alone."""
     rng = np.random.default_rng(index)
-    colour, corners, parts, turn, hole = list(SHAPES.values())[index % len(SHAPES)]
-    centre, radius, grey = (
-        rng.uniform(0.46, 0.54, 2),
-        rng.uniform(0.34, 0.42),
-        (int(rng.integers(200, 245)),) * 3,
-    )
-    tilt = np.radians(turn + rng.uniform(-5, 5))
+    hollow, form = divmod(index % 10, 5)
+    x, y = 4 * size * rng.uniform(0.46, 0.54, 2)
+    radius, turn = 4 * size * rng.uniform(0.36, 0.45), rng.uniform(-6, 6)
+    grey = f"hsl(0, 0%, {rng.integers(78, 96)}%)"
     image = Image.new("RGB", (4 * size, 4 * size), grey)
-    for (width, height), fill in [(part, colour) for part in parts] + [((hole, hole), grey)] * (
-        hole > 0
-    ):
-        angles = 2 * np.pi * np.arange(corners) / corners + (np.pi / 4 if corners == 4 else 0)
-        x, y = width * np.sin(angles), -height * np.cos(angles)
-        points = np.stack(
-            [x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)], 1
-        )
-        ImageDraw.Draw(image).polygon(
-            list(map(tuple, 4 * size * (centre + radius * points))), fill=fill
-        )
+    for part, fill in [(1, f"hsl({36 * (index % 10)}, 80%, 45%)"), (0.5, grey)][: 1 + hollow]:
+        corners = list(CORNERS.values())[form]
+        ImageDraw.Draw(image).regular_polygon((x, y, part * radius), corners, turn, fill)
     return image.resize((size, size), Image.Resampling.BOX)
 
 
 def center_crop(image, size):
-    """ADM's crop: halve with a box filter while the short side stays >= size, bicubic to size, cut out the centre."""
+    """ADM's: halve with a box filter while twice too large, bicubic to size, cut the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     width, height = (max(size, round(side * size / min(image.size))) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.Resampling.BICUBIC).crop(
-        (left, top, left + size, top + size)
-    )
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
 
 
-class Images(torch.utils.data.Dataset):
-    """Items by (index, flip): uint8 (3, size, size) and label, or a message naming an unreadable file. Classes in alphabetical order."""
-
-    def __init__(self, data, size, rank, world, check=True):
-        self.size, self.classes, self.files, self.length, self.digest = (
-            size,
-            list(SHAPES),
-            None,
-            20_000,
-            "shapes",
-        )
-        if data == "shapes":
-            return
-        if not os.path.isdir(data):
-            fail(f"--data {data}: no such folder")
-        self.files, self.classes, names = [], [], hashlib.sha256()
-        for name in sorted(os.listdir(data)):
-            paths = (
-                os.path.join(folder, file)
-                for folder, _, files in os.walk(os.path.join(data, name))
-                for file in files
-            )
-            paths = sorted(
-                path
-                for path in paths
-                if path.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-            )
-            self.files += [(path, len(self.classes)) for path in paths]
-            self.classes += [name] if paths else []
-            names.update(repr([os.path.relpath(path, data) for path in paths]).encode())
-        if not self.files:
-            fail(
-                f"--data {data}: no images found; expected {data}/CLASS/NAME.png (or jpg, jpeg, webp, bmp)"
-            )
-        self.length, self.digest = len(self.files), names.hexdigest()
-        for path, _ in (
-            self.files[rank::world] if check else ()
-        ):  # headers only: this finds most bad files before training
-            try:
-                open_image(path).close()
-            except Exception as error:
-                fail(f"cannot read image {path}: {error}", every_rank=True)
-
-    def __len__(self):
-        return self.length
-
-    def prepare(self, images):
-        return images.float() / 127.5 - 1
-
-    def __getitem__(self, key):
-        index, flip = key
-        path, label = self.files[index] if self.files else (None, index % len(SHAPES))
-        try:
-            image = (
-                center_crop(open_image(path).convert("RGB"), self.size)
-                if path
-                else draw_shape(index, self.size)
-            )
-        except Exception as error:
-            return f"cannot read image {path}: {error}"
-        pixels = np.asarray(image).transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)), label
-
-
-def collate(items):
-    """Images (N, 3, H, W) and labels (N,), or the first error: messages cross process boundaries as text."""
-    if isinstance(items, tuple):  # latents come as whole batches
-        return items
-    return next(
-        (item for item in items if isinstance(item, str)), None
-    ) or torch.utils.data.default_collate(items)
-
-
-def read_order(length, args, rank, world, start):
-    """The [(index, flip), ...] of each micro-batch of a rank from step `start` on: a pure function of (seed, epoch), so nothing is saved,
-    and the images of a step do not depend on how they are split.
+class Images:
+    """Pixels or latents, made once, in memory-mapped .npy shards: uint8 (n, 3, S, S), or float16
+    moments (n, 2, 2 C, h, w) of image and mirror, means and log variances.
     """
-    share, current = args.batch_size // world, None
-    for step in range(start, args.steps):
-        epoch, place = divmod(step, length // args.batch_size)
-        if epoch != current:
-            rng, current = np.random.default_rng([args.seed, epoch]), epoch
-            order, flips = rng.permutation(length), rng.random(length) < 0.5
-        first = place * args.batch_size + rank * share
-        for a in range(first, first + share, args.micro_batch):
-            chosen = slice(a, a + args.micro_batch)
-            yield list(zip(order[chosen].tolist(), (flips[chosen] & args.flip).tolist()))
+
+    def __init__(self, args, vae):
+        self.root, self.size, self.vae, self.scale = args.data, args.image_size, vae, args.vae_scale
+        if args.data == "shapes":
+            self.files, sizes = [f"{SHAPES[i % 10]}/{i}" for i in range(20_000)], []
+        else:
+            found = glob.glob("*/**/*", root_dir=args.data, recursive=True)  # skips hidden names
+            self.files = sorted(name for name in found if name.lower().endswith(SUFFIXES))
+            sizes = [os.path.getsize(os.path.join(args.data, name)) for name in self.files]
+        if not self.files:
+            raise UserError(f"--data {args.data}: no images DATA/CLASS/NAME.png (jpg, webp, bmp)")
+        folders = [name.split("/")[0] for name in self.files]
+        classes, labels = np.unique(folders, return_inverse=True)
+        self.classes, self.labels = classes.tolist(), torch.from_numpy(labels)
+        channels, factor = (vae.latent_channels, vae.factor) if vae else (3, 1)
+        if self.size % factor:
+            raise UserError(f"--image-size {self.size} is not divisible by the VAE's {factor}")
+        self.shape = (channels, self.size // factor, self.size // factor)
+        self.vae_hash = vae.digest("encoder") if vae else None
+        about = json.dumps([self.files, sizes, self.size, "ADM crop", self.vae_hash])
+        self.hash = hashlib.sha256(about.encode()).hexdigest()[:16]
+        folder = Path(args.cache or f"{args.data.rstrip('/')}.cache", self.hash)
+        self.paths = [folder / f"{k:05d}.npy" for k in range(-(-len(self.files) // SHARD))]
+
+    def decode(self, index):
+        """Image `index` as uint8 (3, S, S). Raises UserError for a file that cannot be read."""
+        path, shapes = os.path.join(self.root, self.files[index]), self.root == "shapes"
+        try:
+            image = draw_shape(index, self.size) if shapes else Image.open(path)
+            image = center_crop(image.convert("RGB"), self.size)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"cannot read image {path}: {error}") from None
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def make_shards(self, device, rank, world):
+        """Each process makes its share of the shards that are not there yet; then all map them."""
+        missing = [k for k in range(rank, len(self.paths), world) if not self.paths[k].exists()]
+        with ThreadPoolExecutor() as pool:
+            for k in tqdm(missing, "decoding", unit=" x 1024", disable=rank > 0 or not missing):
+                indices = range(len(self.files))[k * SHARD : (k + 1) * SHARD]
+                parts = []
+                for first in range(0, len(indices), 64):
+                    images = np.stack(list(pool.map(self.decode, indices[first : first + 64])))
+                    if self.vae:  # moments (n, 2, 2 C, h, w) in place of pixels
+                        x = torch.from_numpy(images).to(device).float() / 127.5 - 1
+                        pairs = torch.stack([x, x.flip(3)], 1).flatten(0, 1)  # (2 n, 3, S, S)
+                        moments = torch.cat(self.vae.encode(pairs), 1).half()
+                        images = moments.unflatten(0, (-1, 2)).cpu().numpy()
+                    parts.append(images)
+                write_atomically(self.paths[k], lambda file: np.save(file, np.concatenate(parts)))
+        if world > 1:
+            dist.barrier()
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each shard is an open file
+        self.shards = [torch.from_numpy(np.load(path, mmap_mode="c")) for path in self.paths]
+
+    def read(self, keys, pin):
+        """[(index, flip), ...] -> uint8 (N, 3, S, S) or moments (N, 2 C, h, w), and labels (N,)."""
+        items = []
+        for index, flip in keys:
+            item = self.shards[index // SHARD][index % SHARD]
+            items.append(item[int(flip)] if self.vae else item.flip([2] if flip else []))
+        x, y = torch.stack(items), self.labels[[index for index, _ in keys]]
+        return (x.pin_memory(), y.pin_memory()) if pin else (x, y)
+
+    def prepare(self, x):
+        """On the device: pixels in [-1, 1], or a fresh sample of the latents' posterior, scaled."""
+        if not self.vae:
+            return x.float() / 127.5 - 1
+        mean, logvar = x.float().chunk(2, 1)
+        return (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * self.scale
 
 
-def logged_step(line):
-    """The step of a line of log.jsonl; 0 for a start record, infinity for a damaged line."""
-    try:
-        return json.loads(line).get("step", 0) + 0
-    except (ValueError, AttributeError, TypeError):
-        return math.inf
+def micro_batches(length, args, rank, world, start):
+    """[(index, flip), ...] of each micro-batch from step `start` on; pure in (seed, epoch)."""
+
+    def images():
+        epoch, skip = divmod(start * args.batch_size, length)
+        while True:
+            rng = np.random.default_rng([args.seed, epoch])
+            order, flips = rng.permutation(length), (rng.random(length) < 0.5) & args.flip
+            yield from list(zip(order.tolist(), flips.tolist()))[skip:]
+            epoch, skip = epoch + 1, 0
+
+    stream, share = images(), args.batch_size // world
+    for _ in range(start, args.steps):
+        batch = list(itertools.islice(stream, args.batch_size))
+        for first in range(rank * share, (rank + 1) * share, args.micro_batch):
+            yield batch[first : first + args.micro_batch]
 
 
-def outlive_signals(worker):
-    """Loader processes go on for a minute after a signal to all processes, so that the training process can finish its step and save."""
-    os.setpgrp()
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+def read_ahead(data, keys, pin):
+    """The batches of these keys; a thread reads and pins the next ones while the device works."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = []
+        for chosen in keys:
+            waiting.append(pool.submit(data.read, chosen, pin))
+            if len(waiting) > 3:
+                yield waiting.pop(0).result()
+        for batch in waiting:
+            yield batch.result()
+
+
+def resume(method, optimizer, args, about):
+    """Loads the newest checkpoint of --out, else --init-from; returns the steps that are done."""
+    if not list(Path(args.out, "checkpoints").glob("*.pt")):
+        for name in ("model", "ema") if args.init_from else ():
+            models.load_weights(getattr(method, name), name, Path(args.init_from), args.official)
+        return 0
+    path, saved = models.load_checkpoint(Path(args.out))
+    before = {**about, **saved["args"]}
+    changed = [key for key in about if key not in FREE and before[key] != about[key]]
+    if changed and not args.allow_changes:
+        flags = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+        advice = "use these, or another --out, or --allow-changes"
+        raise UserError(f"{path} was made with {flags}: {advice}")
+    models.load_state(method, saved["method"], path)
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+def save_checkpoint(method, optimizer, step, args, about):
+    folder = Path(args.out, "checkpoints")
+    for unfinished in folder.glob(".*.tmp"):  # of a run that was killed
+        unfinished.unlink()
+    state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
+    content = {**state, "step": step, "args": about}
+    write_atomically(folder / f"{step:07d}.pt", lambda file: torch.save(content, file))
+    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep else ():
+        older.unlink()
+
+
+def draw_samples(method, diffusion, data, args, step, device):
+    """A grid of the EMA's samples, a column for each of at most ten classes: Euler, 50 steps."""
+    columns = min(10, len(data.classes))
+    y = torch.linspace(0, len(data.classes) - 1, columns).round().long().repeat(4).to(device)
+    noise = ImageNoise(args.seed, range(len(y)), data.shape, device)()
+    images = sample_ode(method.ema, diffusion, noise, y, 50, "euler").float()
+    if data.vae:
+        images = data.vae.decode(images / args.vae_scale)
+    path = Path(args.out, "samples", f"{step:07d}.png")
+    models.write_grid(path, models.to_uint8(images), columns)
+
+
+def check_finite(history, names, step, rank):
+    """Stops the run if terms of the last steps are not finite, before anything is saved."""
+    for k, row in enumerate(torch.stack(history).tolist(), step + 1 - len(history)):
+        if not all(map(math.isfinite, row)):
+            terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
+            print(f"not finite: step {k}, rank {rank}: {terms}", file=sys.stderr, flush=True)
+            if dist.is_initialized():
+                dist.barrier()  # the gradient norm is the same on all ranks: all come here
+            sys.exit(1)
+
+
+def build(method_cls, args, device, world):
+    """Data, noise process, method, and what a checkpoint says about the run. Raises UserError."""
+    args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
+    if args.batch_size < 1 or args.batch_size % (world * args.micro_batch):
+        share = f"{world} processes x {args.micro_batch} images"
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {share}")
+    vae = models.load_vae(args.vae).to(device) if args.vae else None
+    data = Images(args, vae)
+    diffusion = make_diffusion(args.diffusion, clip=not vae)
+    network = {**models.parse_model(args.model), "num_classes": len(data.classes)}
+    network |= {"in_channels": data.shape[0], "input_size": data.shape[1]}
+    network |= {"qk_norm": args.qk_norm, "learn_sigma": diffusion.learned_variance}
+    args.data_hash, args.vae_hash = data.hash, data.vae_hash
+    torch.manual_seed(args.seed)
+    method = method_cls(args, network, diffusion).to(device)
+    about = {**vars(args), "script": Path(sys.argv[0]).name, "network": method.model.config}
+    about |= {"classes": data.classes}
+    return data, diffusion, method, json.loads(json.dumps(about))  # plain, as it is read again
 
 
 def main(method_cls, args):
-    """Train method_cls(args, network, diffusion), an nn.Module with `model`, `ema`, forward(x0, y) -> {"loss": ..., ...}, after_step.
-
-    Every trainable parameter must get a gradient in every step (DDP). State below `frozen` is not saved.
-    """
-    sys.excepthook = explain
-    rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    cuda, out = device.type == "cuda", Path(args.out)
-    if cuda and local >= torch.cuda.device_count():
-        fail(
-            f"{local + 1} processes or more on this machine, which has {torch.cuda.device_count()} GPUs"
-        )
+    """Trains method_cls(args, network, diffusion): `model`, `ema`, forward(x0, y), after_step."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda, out = torch.cuda.is_available(), Path(args.out)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    bf16 = args.precision == "bf16" or (cuda and not args.precision)
     torch.set_float32_matmul_precision("high")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names of files that are not UTF-8
-    args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
-    accumulate, rest = divmod(args.batch_size, world * args.micro_batch)
-    if rest or not accumulate:
-        fail(
-            f"--batch-size {args.batch_size} is not divisible by {world} processes x --micro-batch {args.micro_batch}"
-        )
-    bf16 = (args.precision or ("bf16" if cuda else "fp32")) == "bf16"
-
-    latents = Path(args.latents or f"{args.data.rstrip('/')}.{args.image_size}.latents")
-    data = Images(
-        args.data, args.image_size, rank, world, check=not (args.vae and latents.exists())
-    )
-    if len(data.classes) < 2 and args.label_drop > 0:
-        fail(
-            f"--data {args.data} has one class folder, {data.classes[0]}: guidance needs two or more; or use --label-drop 0"
-        )
-    if len(data) < args.batch_size:
-        fail(
-            f"--data {args.data} has {len(data)} images, fewer than --batch-size {args.batch_size}"
-        )
-
-    vae, channels, side = (
-        (None, 4, args.image_size // 8) if args.vae else (None, 3, args.image_size)
-    )
-    diffusion = make_diffusion(args.diffusion, clip=not args.vae)
     try:
-        if args.vae:
-            vae, args.vae_hash = load_vae(args.vae)
-            vae.to(device)
-        torch.manual_seed(args.seed)
-        network = {
-            "input_size": side,
-            "in_channels": channels,
-            "num_classes": len(data.classes),
-            **parse_model(args.model),
-        }
-        method = method_cls(
-            args,
-            {**network, "learn_sigma": diffusion.learned_variance, "qk_norm": args.qk_norm},
-            diffusion,
-        ).to(device)
-    except ValueError as error:
-        fail(error)
-    parameters = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
-
-    if world > 1:
-        if cuda:
-            torch.cuda.set_device(device)
-        meeting = {"store": fresh_store(rank, world), "rank": rank, "world_size": world}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **meeting)
-    description = {
-        **vars(args),
-        "script": Path(sys.argv[0]).name,
-        "classes": data.classes,
-        "network": method.model.config,
-    }
-
-    def stored_state():  # all but a frozen teacher, which its own checkpoint holds
-        return {k: v for k, v in method.state_dict().items() if not k.startswith("frozen.")}
-
-    def find_start():
-        check_log(out / "log.jsonl")
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        locks.append(hold_lock(out / "lock"))
-        for path in (out / "checkpoints").glob(".*.tmp"):  # what a killed run was writing
-            path.unlink()
-        return newest_checkpoint(out / "checkpoints")
-
-    locks = []
-    try:
-        path = on_rank_0(find_start)
-        saved = load_checkpoint(path, checked=True) if path else None
-    except ValueError as error:
-        fail(error)
-    step, rows = 0, []
-    if saved:
-        compared = {
-            k: v
-            for k, v in description.items()
-            if k not in ("out", "workers", "checkpointing", "keep")
-        }
-        was = {k: saved["args"].get(k) for k, v in compared.items() if saved["args"].get(k) != v}
-        named = {"classes": "other classes", "vae_hash": "another VAE"}
-        changed = [
-            f"--{k.replace('_', '-')} {description[k]} (it has {v})"
-            for k, v in was.items()
-            if k not in ("network", *named)
-        ]
-        changed += [text for k, text in named.items() if k in was]
-        state = {
-            f"{part}.{k}": v for part in ("model", "ema") for k, v in saved[part].items()
-        } | saved["method"]
-        if saved["step"] > args.steps:
-            fail(
-                f"{path} is beyond --steps {args.steps}: ask for more, or give this run another --out"
-            )
-        if {"script", "classes", "network", "diffusion", "vae_hash"} & set(was) or shapes(
-            state
-        ) != shapes(stored_state()):
-            fail(
-                f"{path} does not fit {', '.join(changed) or 'this network'}: use the flags it was made with, or another --out"
-            )
-        if changed and rank == 0:
-            print(f"resuming with {', '.join(changed)}", flush=True)
-        method.load_state_dict(state, strict=False)  # strict above
-        optimizer.load_state_dict(saved["optimizer"])
-        step, rows = saved["step"], saved["log"].tolist()
-        del saved, state
-    workers = (8 if cuda else 0) if args.workers is None else args.workers
-    if args.vae:
-        try:
-            data = cache_latents(latents, data, vae, args.vae_hash, collate, workers)
-        except (ValueError, OSError) as error:
-            fail(error)
+        data, diffusion, method, about = build(method_cls, args, device, world)
+        parameters = [p for p in method.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "w")  # the system ends the lock with the process
+        if rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        step = resume(method, optimizer, args, about)
+        data.make_shards(device, rank, world)
+    except UserError as error:
+        models.fail(error)
+    except BlockingIOError:
+        models.fail(f"{out} is in use by another run: choose another --out")
+    wrapped = method
+    if world > 1:  # starts by giving every rank the weights and EMA of rank 0
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        wrapped = nn.parallel.DistributedDataParallel(method, **options)
     method.model.checkpointing = args.checkpointing
-    wrapped, options = (
-        method,
-        {
-            "device_ids": [local] if cuda else None,
-            "broadcast_buffers": False,
-            "gradient_as_bucket_view": True,
-        },
-    )
-    if world > 1:
-        warnings.filterwarnings(
-            "ignore", message=".*broadcast_buffers"
-        )  # its new name is unknown to older versions
-        wrapped = nn.parallel.DistributedDataParallel(
-            method, **options
-        )  # starts by giving every rank the weights and EMA of rank 0
     if args.compile:
-        torch._dynamo.config.optimize_ddp = (
-            False  # blocks are compiled one by one: nothing for DDP to split
-        )
-        for module in method.modules():
-            if isinstance(module, Block):
-                module.compile(dynamic=getattr(method, "dynamic", None))
-
-    def save():
-        own = {k: v for k, v in stored_state().items() if not k.startswith(("model.", "ema."))}
-        content = {
-            "model": method.model.state_dict(),
-            "ema": method.ema.state_dict(),
-            "method": own,
-            "optimizer": optimizer.state_dict(),
-        }
-        content |= {
-            "step": step,
-            "args": description,
-            "log": torch.tensor(rows, dtype=torch.float64),
-        }
-        path = out / "checkpoints" / f"{step:07d}.pt"
-        write_atomically(path, lambda file: torch.save(content, file))
-        older = sorted(
-            (p for p in path.parent.glob("*.pt") if p.stem.isdigit() and int(p.stem) < step),
-            key=lambda p: int(p.stem),
-        )
-        for p in (
-            older[: max(0, len(older) - args.keep + 1)] if args.keep else ()
-        ):  # the new one is whole
-            p.unlink()
-
-    def draw_samples(lines=4):  # one column a class, at most ten
-        labels = (
-            np.linspace(0, len(data.classes) - 1, min(10, len(data.classes)))
-            .round()
-            .astype(int)
-            .tolist()
-            * lines
-        )
-        noise = ImageNoise(args.seed, range(len(labels)), (channels, side, side), device)()
-        images = sample_ode(
-            method.ema, diffusion, noise, torch.tensor(labels, device=device), 50, "euler"
-        )
-        grid = image_grid(
-            to_uint8(vae.decode(images.float() / VAE_SCALE) if vae else images),
-            len(labels) // lines,
-        )
-        write_atomically(out / "samples" / f"{step:07d}.png", lambda file: grid.save(file, "png"))
-
-    stop = []  # times of signals. The first ends the run after this step; one that comes 2 s later, at once: torchrun repeats the first
-
-    def on_signal(number, _):
-        if stop and time.monotonic() > stop[0] + 2:
-            os._exit(128 + number)
-        stop.append(time.monotonic())
-
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    order = read_order(len(data), args, rank, world, step)
-    options = {
-        "num_workers": workers,
-        "collate_fn": collate,
-        "pin_memory": cuda,
-        "worker_init_fn": outlive_signals,
-    }
-    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=order, **options))
-    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+        torch._dynamo.config.optimize_ddp = False  # compiled one by one: nothing to split
+        for block in [module for module in method.modules() if isinstance(module, models.Block)]:
+            block.compile()
+    accumulate = args.batch_size // (world * args.micro_batch)
     if rank == 0:
-        hardware = (
-            torch.cuda.get_device_name(device)
-            if cuda
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
-        start = {
-            "start": step,
-            "command": sys.argv,
-            "torch": torch.__version__,
-            "processes": world,
-            "hardware": hardware,
-            **description,
-        }
-        lines = (
-            (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").exists() else []
-        )
-        lines = [
-            line for line in lines if logged_step(line) <= step
-        ]  # a killed run may have logged further
-        text = "".join(f"{line}\n" for line in [*lines, json.dumps(start)])
-        write_atomically(out / "log.jsonl", lambda file: file.write(text.encode()))
-        bar.write(f"batch {args.batch_size} = {world} processes x {accumulate} micro-batches x {args.micro_batch}; {len(data)} images; "
-                  f"{sum(p.numel() for p in parameters) / 1e6:.1f} M trainable parameters")  # fmt: skip
+        sizes = f"{world} processes x {accumulate} micro-batches x {args.micro_batch}"
+        millions = sum(p.numel() for p in parameters) / 1e6
+        print(f"batch {args.batch_size} = {sizes}; {millions:.1f} M parameters", flush=True)
+        hardware = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
+        about_run = {"torch": torch.__version__, "hardware": hardware, "processes": world}
+        log = open(out / "log.jsonl", "a", buffering=1)
+        print(json.dumps({"start": step, "command": sys.argv, **about_run, **about}), file=log)
+    signals = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: signals.append(True))
+    batches = read_ahead(data, micro_batches(len(data.files), args, rank, world, step), cuda)
     trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
-    pending, names, timer, timed = [], [], 0.0, None
-    while step < args.steps:
-        flag = torch.tensor(float(len(stop)))
-        agreement = (
-            dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True) if world > 1 else None
-        )  # do all ranks stop after this step?
+    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
+    history, timer, stopping = [], time.perf_counter(), False
+    while step < args.steps and not stopping:
+        stop = torch.tensor(float(len(signals)))  # all ranks agree on it while the step is made
+        agreement = dist.all_reduce(stop, dist.ReduceOp.MAX, async_op=True) if world > 1 else None
         torch.manual_seed(seed_of(args.seed, rank, step))
-        method.step, sums = step, 0
+        method.step = step
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-        for micro in range(accumulate):
-            batch = next(batches)
-            if isinstance(batch, str):
-                bar.close()
-                fail(batch, every_rank=True)
-            x0, y = (v.to(device, non_blocking=True) for v in batch)
-            x0 = data.prepare(x0)
-            with (
-                contextlib.nullcontext()
-                if micro == accumulate - 1 or world == 1
-                else wrapped.no_sync()
-            ):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    terms = wrapped(x0, y)
-                (terms["loss"] / accumulate).backward()
-            sums = sums + torch.stack([v.detach().float() for v in terms.values()]) / accumulate
+        rows = []
+        for micro in range(1, accumulate + 1):
+            x0, y = (part.to(device, non_blocking=True) for part in next(batches))
+            wrapped.require_backward_grad_sync = micro == accumulate
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                terms = wrapped(data.prepare(x0), y)
+            (terms["loss"] / accumulate).backward()
+            rows.append(torch.stack([value.detach().float() for value in terms.values()]))
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         if args.clip_grad:
             nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema_decay, (1 + step) / (10 + step)) if args.ema_warmup else args.ema_decay
+        decay = min(args.ema_decay, (1 + step) / (10 + step) if args.ema_warmup else 1.0)
         with torch.no_grad():
             torch._foreach_lerp_(averaged, trained, 1 - decay)
             method.after_step(step, args.steps)
-        step, names = step + 1, [*terms, "grad_norm"]
-        pending.append(torch.cat([sums, norm.detach().float().reshape(1)]))
-        timer, timed = (
-            (time.perf_counter(), 0) if timed is None else (timer, timed + args.batch_size)
-        )  # the first step is not timed
+        history.append(torch.cat([torch.stack(rows).mean(0), norm.detach().float()[None]]))
+        step += 1
+        bar.update()
+
         if agreement:
             agreement.wait()
-        stopping = bool(flag) or step == args.steps
-        logging = step % args.log_every == 0 or step == args.steps
+        stopping = bool(stop)
+        ending = stopping or step == args.steps
+        logging = ending or (args.log_every and step % args.log_every == 0)
         sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
-        saving = stopping or (args.save_every and step % args.save_every == 0)
-        bar.update()
-        if not (logging or sampling or saving):
-            continue
-        means = torch.stack(pending)  # (steps since the last time, terms): read back only here
-        mine, pending = means.tolist(), []
-        if world > 1:
-            dist.all_reduce(means)
-        rows += (means / world).tolist()
-        if not torch.isfinite(means).all():
-            bar.close()
-            for k, row in enumerate(mine, step - len(mine) + 1):
-                if not all(map(math.isfinite, row)):
-                    values = ", ".join(f"{name} {v:g}" for name, v in zip(names, row))
-                    sys.exit(f"stopped, not finite: step {k}, rank {rank}: {values}")
-            sys.exit(1)
+        saving = ending or (args.save_every and step % args.save_every == 0)
+        if logging or sampling or saving:
+            names = [*terms, "grad_norm"]
+            check_finite(history, names, step, rank)
         if logging:
-            averages = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
-            rate, rows = timed / (time.perf_counter() - timer), []
-            bar.set_postfix({k: f"{v:.4g}" for k, v in averages.items()} | {"img/s": f"{rate:.1f}"})
+            means = torch.stack(history).mean(0)
+            if world > 1:
+                dist.all_reduce(means)
+            row = dict(zip(names, (means / world).tolist()))
+            row["images_per_s"] = len(history) * args.batch_size / (time.perf_counter() - timer)
+            bar.set_postfix({"loss": row["loss"], "img/s": row["images_per_s"]})
+            row |= {"lr": group["lr"], "epoch": step * args.batch_size / len(data.files)}
             if rank == 0:
-                epoch = step * args.batch_size / len(data)
-                with open(out / "log.jsonl", "a") as log:
-                    log.write(
-                        json.dumps(
-                            {
-                                "step": step,
-                                **averages,
-                                "lr": group["lr"],
-                                "epoch": epoch,
-                                "images_per_s": rate,
-                            }
-                        )
-                        + "\n"
-                    )
-        if rank == 0 and sampling:
-            draw_samples()
+                print(json.dumps({"step": step, **row}), file=log)
+            history = []
         if rank == 0 and saving:
-            save()
-        if stopping:
-            break
-        timer, timed = time.perf_counter(), 0
+            save_checkpoint(method, optimizer, step, args, about)
+        if rank == 0 and sampling:
+            draw_samples(method, diffusion, data, args, step, device)
+        if logging:
+            timer = time.perf_counter()
     bar.close()
     if rank == 0:
-        print(
-            f"step {step} of {args.steps}, in {out}"
-            + ("" if step == args.steps else ": the same command goes on from here"),
-            flush=True,
-        )
+        print(f"step {step} of {args.steps}, in {out}", flush=True)
     if world > 1:
         dist.barrier()
-        del wrapped  # while the group lives: as its last holder it would wait, with the GIL, for a thread of gloo's that may want the GIL
+        del wrapped  # as its last holder, the group would wait for a thread of gloo's
         dist.destroy_process_group()
 
 

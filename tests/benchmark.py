@@ -451,7 +451,6 @@ def time_features(device):
         x = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().to(device)
         return network(x)["pool"].cpu()
 
-
     pairs = [(timed(features_of, plain), timed(features_of, ours)) for _ in range(6)]
     (_, expected), (_, features) = pairs[-1]
     a = len(batch) / median([first for (first, _), _ in pairs[1:]])
