@@ -263,7 +263,8 @@ class Images:
     def __init__(self, args, vae):
         self.root, self.size, self.vae, self.scale = args.data, args.image_size, vae, args.vae_scale
         if args.data == "shapes":
-            self.files, sizes = [f"{SHAPES[i % 10]}/{i}" for i in range(20_000)], []
+            self.files = [f"{SHAPES[i % 10]}/{i}" for i in range(20_000)]
+            sizes = self.decode(0).tolist()  # so that other drawings are other data
         else:
             found = glob.glob("*/**/*", root_dir=args.data, recursive=True)  # skips hidden names
             self.files = sorted(name for name in found if name.lower().endswith(SUFFIXES))
@@ -426,11 +427,10 @@ def build(method_cls, args, device, world):
     network = {**models.parse_model(args.model), "num_classes": len(data.classes)}
     network |= {"in_channels": data.shape[0], "input_size": data.shape[1]}
     network |= {"qk_norm": args.qk_norm, "learn_sigma": diffusion.learned_variance}
-    args.data_hash, args.vae_hash = data.hash, data.vae_hash
+    args.classes, args.data_hash, args.vae_hash = data.classes, data.hash, data.vae_hash
     torch.manual_seed(args.seed)
     method = method_cls(args, network, diffusion).to(device)
     about = {**vars(args), "script": Path(sys.argv[0]).name, "network": method.model.config}
-    about |= {"classes": data.classes}
     return data, diffusion, method, json.loads(json.dumps(about))  # plain, as it is read again
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -38,7 +39,8 @@ METHODS = {
     "train_selftranscendence": "SelfTranscendence",
     "train_diversedit": "DiverseDiT",
 }
-TINY = "--model DiT-Ti/8 --image-size 16 --batch-size 4 --lr 1e-3 --log-every 3"
+CACHE = Path(tempfile.gettempdir()) / "tests.cache"
+TINY = f"--model DiT-Ti/8 --image-size 16 --batch-size 4 --lr 1e-3 --log-every 3 --cache {CACHE}"
 NETWORK = {
     "input_size": 8,
     "patch_size": 2,
@@ -284,9 +286,9 @@ def method_class(script):
 def call(script, *flags, method=None):
     """The script's main in this process; sys.argv and signal handlers are put back."""
     module = importlib.import_module(script)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {s: signal.getsignal(s) for s in stops}
     argv = sys.argv
-    hook = sys.excepthook
     sys.argv = [f"{script}.py"]
     try:
         if script == "fid":
@@ -298,7 +300,6 @@ def call(script, *flags, method=None):
             module.main(method or method_class(script), args)
     finally:
         sys.argv = argv
-        sys.excepthook = hook
         for s, handler in handlers.items():
             signal.signal(s, handler)
 
@@ -397,7 +398,7 @@ def process_group(rank, port, world=2):
 
 # What a run leaves. Only the functions down to `assert_same_run` know how a checkpoint is laid out.
 
-STATE = ("model", "ema", "method", "optimizer", "step")
+STATE = ("method", "optimizer", "step")
 
 
 def checkpoint_path(out, step):
@@ -414,26 +415,32 @@ def checkpoint(out, step):
 
 def network_state(out, step, part="ema"):
     """Weights of the network (part "model") or of its average ("ema") in a checkpoint."""
-    return checkpoint(out, step)[part]
+    state = checkpoint(out, step)["method"]
+    names = [name for name in state if name.startswith(f"{part}.")]
+    return {name.removeprefix(f"{part}."): state[name] for name in names}
 
 
 def method_state(out, step):
     """What the method has beside network and average: heads, teachers, centres."""
-    return checkpoint(out, step)["method"]
+    state = checkpoint(out, step)["method"]
+    return {k: v for k, v in state.items() if not k.startswith(("model.", "ema."))}
 
 
 def change_average(out, step, change):
     """Apply a function to every tensor of the average in a checkpoint."""
     saved = checkpoint(out, step)
-    saved["ema"] = {name: change(tensor) for name, tensor in saved["ema"].items()}
+    for name in [name for name in saved["method"] if name.startswith("ema.")]:
+        saved["method"][name] = change(saved["method"][name])
     torch.save(saved, checkpoint_path(out, step))
 
 
 def save_teacher(path, model, ema=None, **args):
     """A checkpoint of a network alone, as the scripts write it; returns its path."""
-    content = {"model": model.state_dict(), "ema": (ema or model).state_dict()}
-    content |= {"method": {}, "optimizer": {}, "step": 1, "log": torch.zeros(0)}
-    content["args"] = {"network": model.config, "diffusion": "flow", **args}
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"ema.{name}": tensor for name, tensor in (ema or model).state_dict().items()}
+    content = {"method": state, "optimizer": {}, "step": 1}
+    own = {"network": model.config, "diffusion": "flow", "vae_hash": None, "label_drop": 0.1}
+    content["args"] = {**own, **args}
     torch.save(content, path)
     return path
 
@@ -458,7 +465,7 @@ def assert_same(a, b, path=""):
 def assert_same_run(a, b, step):
     """Two runs hold bitwise the same weights, average, method state and optimizer."""
     states = [checkpoint(out, step) for out in (a, b)]
-    assert_same(*({part: s[part] for part in STATE if part in s} for s in states))
+    assert_same(*({part: s[part] for part in STATE} for s in states))
 
 
 def log_lines(out):
