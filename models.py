@@ -59,10 +59,7 @@ def parse_model(name):
 
 
 def position_embedding(dim, grid_size):
-    """Fixed 2-D sin-cos table (1, grid_size**2, dim), patches row by row.
-
-    Channels are [column sin, column cos, row sin, row cos].
-    """
+    """Fixed table (1, grid_size**2, dim), channels [column sin, column cos, row sin, row cos]."""
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, dim / 4)
     axis = torch.cat([angles.sin(), angles.cos()], 1)  # (grid, dim / 2)
@@ -194,7 +191,6 @@ class DiT(nn.Module):
         self.config = arguments
         if input_size % patch_size:
             raise UserError(f"input size {input_size} is not divisible by patch size {patch_size}")
-        assert long_residual in ("none", "pre", "post")
         fused = 0 if long_residual == "none" else depth // 2
         if fused and depth % 2:
             raise UserError(f"long residuals need an even number of blocks, not {depth}")
@@ -216,11 +212,7 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """DiT's: Xavier for linear layers and patches, N(0, 0.02) for label table and time MLP.
-
-        adaLN and the last layer are zero, so that every block starts as the identity and the output
-        as zero. (Long residuals are plain Xavier, no identity.)
-        """
+        """DiT's: adaLN and the last layer are zero, so that blocks start as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -270,10 +262,7 @@ class DiT(nn.Module):
         return block(x, c)
 
     def streams(self, x, c):
-        """Embedded tokens (N, T, D) -> iterator of (k, stream after block k), k = 0 .. depth.
-
-        Blocks run as they are asked for.
-        """
+        """Tokens (N, T, D) -> (k, stream after block k), k = 0 .. depth, as they are asked for."""
         yield 0, x
         early = []
         for k, block in enumerate(self.blocks, 1):
@@ -285,9 +274,8 @@ class DiT(nn.Module):
             yield k, x
 
     def forward(self, x, t, y, features=()):
-        """x (N, C, H, W), t (N,), y (N,) -> out (N, C_out, H, W).
-
-        With features, a tuple of block numbers 0 .. depth: (out, {k: tokens (N, T, D)}).
+        """x (N, C, H, W), t, y (N,) -> out (N, C_out, H, W); with features (block numbers 0 ..
+        depth): (out, {k: tokens (N, T, D)}).
         """
         c = self.condition(t, y)
         kept = {}
@@ -299,10 +287,8 @@ class DiT(nn.Module):
 
     def tokens_after(self, x, t, y, block):
         """The stream (N, T, D) after that block; later blocks are not run."""
-        for k, tokens in self.streams(self.embed(x), self.condition(t, y)):
-            if k == block:
-                return tokens
-        raise ValueError(f"no block {block}: blocks are numbered from 1 to {len(self.blocks)}")
+        streams = self.streams(self.embed(x), self.condition(t, y))
+        return next(tokens for k, tokens in streams if k == block)
 
 
 class MaskedDiT(DiT):
@@ -320,7 +306,6 @@ class MaskedDiT(DiT):
         if min(decoder) < 1 or width % 4 or width % heads:
             raise UserError(f"decoder {depth} {width} {heads}: the width must be divisible by both")
         super().__init__(**network)
-        assert fill in ("mask_token", "noisy_tokens")
         self.config |= {"decoder": list(decoder), "fill": fill, "class_token": class_token}
         hidden_size = network["hidden_size"]
         side = network["input_size"] // network["patch_size"]
@@ -405,9 +390,6 @@ def to_uint8(images, offset=128.0):
     return levels.permute(0, 2, 3, 1).contiguous()
 
 
-# Files
-
-
 def write_atomically(path, write):
     """write(file) under a temporary name, to the disk, then rename: what has its name is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -432,8 +414,7 @@ def write_grid(path, images, columns):
 def load_tensors(path):
     """What torch.save wrote, mapped from the file, on the CPU. Runs no code of the file."""
     try:
-        mmap = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0][:100] or type(error).__name__
         raise UserError(f"{path} cannot be read ({reason})") from None
@@ -454,7 +435,7 @@ def load_checkpoint(path):
         except UserError as error:
             problems.append(str(error))
             continue
-        if not isinstance(saved, dict) or not {"method", "optimizer", "step", "args"} <= set(saved):
+        if not isinstance(saved, dict) or not {"method", "step", "args"} <= saved.keys():
             raise UserError(f"{file} is no checkpoint of the training scripts (see --official)")
         if problems:
             print(f"{'; '.join(problems)}: taking {file}", file=sys.stderr, flush=True)
@@ -480,10 +461,7 @@ def load_state(model, state, path):
 
 
 def load_network(path, part, source=None, num_heads=None):
-    """(network with the "ema" or "model" weights of a checkpoint, what it says of them).
-
-    source and num_heads: of official code, see load_official. path may be the folder of a run.
-    """
+    """(network with the "ema" or "model" weights of a checkpoint or run, what it says of them)."""
     if source:
         model, notes = load_official(path, source, num_heads, part)
         return model, {"file": str(path), "notes": notes}
@@ -518,8 +496,7 @@ def reverse_time(state):
     folds into the first layer of the time MLP. The sign folds into the last layer.
     """
     frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128).double()
-    cos = frequencies.cos()
-    sin = frequencies.sin()
+    cos, sin = frequencies.cos(), frequencies.sin()
     w_cos, w_sin = state["t_embedder.mlp.0.weight"].double().split(128, 1)
     rotated = torch.cat([w_cos * cos + w_sin * sin, w_cos * sin - w_sin * cos], 1)
     state["t_embedder.mlp.0.weight"] = rotated.float()
@@ -553,9 +530,9 @@ def official_config(state, num_heads):
 def load_official(path, source, num_heads, weights="ema"):
     """A checkpoint of official code -> (network, notes in sentences on what was converted).
 
-    source: "dit" (also SRA's DiT), "sit" (the original SiT), "repa" or "sra" (SiT with time from
-    data to noise: also Self-Transcendence and DiverseDiT), "maskdit". weights: "ema" or "model" of
-    a training checkpoint; a bare state dict is taken as it is. Raises UserError.
+    source: "dit" (also SRA's DiT), "sit" (the original), "repa" or "sra" (SiT in our time: also
+    Self-Transcendence and DiverseDiT), "maskdit". weights: "ema" or "model" of a training
+    checkpoint; a bare state dict is taken as it is. Raises UserError.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # some keep their flags as one
         state = load_tensors(path)
@@ -564,7 +541,7 @@ def load_official(path, source, num_heads, weights="ema"):
         state = state.get(weights)
         notes.append(f"took the {weights!r} weights of a training checkpoint")
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds no state dict under {weights!r}")
+        raise UserError(f"{path} holds no {weights!r} weights")
     state = {name.removeprefix("module.").removeprefix("model."): v for name, v in state.items()}
     kept = {name: v for name, v in state.items() if not name.startswith(TRAINING_HEADS)}
     if len(kept) < len(state):
@@ -614,7 +591,7 @@ class ResidualBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """Attention of all pixels to all, one head."""
+    """One head, all pixels to all."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -683,9 +660,8 @@ class Coder(nn.Module):
 class AutoencoderKL(nn.Module):
     """The VAE of latent diffusion (Rombach et al. 2022, arXiv 2112.10752); defaults: SD's, f = 8.
 
-    channels: one entry per resolution, that of the images first. Each further one halves the sides;
-    f = `factor` = 2 ** (len(channels) - 1). State-dict keys are those of the diffusers library.
-    `chunk`: images per forward; memory grows with it, results depend on it by rounding only.
+    channels: one entry per resolution, that of the images first; f = `factor` halves the sides
+    len(channels) - 1 times. State-dict keys are those of diffusers. chunk: images per forward.
     """
 
     def __init__(self, channels=(128, 256, 512, 512), layers=2, latent_channels=4, groups=32):
@@ -707,17 +683,15 @@ class AutoencoderKL(nn.Module):
     @torch.no_grad()
     def decode(self, z, chunk=4):
         """z (N, C, h, w), latents / scale -> images (N, 3, f h, f w), about [-1, 1], no clamp."""
-        parts = [self.decoder(self.post_quant_conv(latents)) for latents in z.split(chunk)]
-        return torch.cat(parts)
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in z.split(chunk)])
 
     def digest(self, part):
-        """sha256 of "encoder" or "decoder": latents depend on the encoder alone, which
-        sd-vae-ft-ema and -mse share.
-        """
+        """sha256 of "encoder" or "decoder": sd-vae-ft-ema and -mse share the encoder's latents."""
         names = {"encoder": ("encoder.", "quant_conv."), "decoder": ("decoder.", "post_quant")}
         return digest({k: v for k, v in self.state_dict().items() if k.startswith(names[part])})
 
 
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -741,14 +715,10 @@ def read_safetensors(path):
     return tensors
 
 
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
 def load_vae(path, groups=32):
     """Released weights (.safetensors, or .bin in torch's zip format) -> AutoencoderKL, frozen.
 
-    The architecture is read from the tensors, but for the number of groups of its norms. Both
-    namings of the attention are taken. Weights become float32. Raises UserError.
+    The architecture is read from the tensors, but for the groups of its norms. Raises UserError.
     """
     content = load_tensors(path) if zipfile.is_zipfile(path) else read_safetensors(path)
     state = {}
@@ -758,14 +728,13 @@ def load_vae(path, groups=32):
                 name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
             tensor = tensor.squeeze((2, 3)) if tensor.ndim == 4 else tensor  # 1 x 1 convolutions
         state[name] = tensor.float()
-    levels = len({name.split(".")[2] for name in state if name.startswith("encoder.down_blocks.")})
-    try:
-        blocks = [f"encoder.down_blocks.{i}.resnets" for i in range(max(1, levels))]
-        channels = [len(state[f"{block}.0.conv1.weight"]) for block in blocks]
-        layers = sum(f"{blocks[0]}.{j}.conv1.weight" in state for j in range(len(state)))
-        latent_channels = len(state["post_quant_conv.weight"])
-    except KeyError as missing:
-        raise UserError(f"{path} is not Stable Diffusion's kind of VAE: no {missing}") from None
-    vae = AutoencoderKL(channels, layers, latent_channels, groups)
+    channels, layers = [], 0
+    while f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight" in state:
+        channels.append(len(state[f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight"]))
+    while f"encoder.down_blocks.0.resnets.{layers}.conv1.weight" in state:
+        layers += 1
+    if not channels or "post_quant_conv.weight" not in state:
+        raise UserError(f"{path} is not Stable Diffusion's kind of VAE")
+    vae = AutoencoderKL(channels, layers, len(state["post_quant_conv.weight"]), groups)
     load_state(vae, state, path)
     return vae.eval().requires_grad_(False)

@@ -2,9 +2,7 @@
 
     # 1,000 images of the newest checkpoint of a run, its EMA
     python sample.py --ckpt results/train_sra --num 1000 --guidance 1.5 --out samples/sra
-    # SiT and SRA, 50,000 images on eight GPUs; with guidance as in SRA
-    torchrun --nproc_per_node=8 sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 \
-        --vae vae.safetensors --solver sde --steps 250 --num-samples 50000
+    # SiT and SRA, 50,000 images on eight GPUs, with SRA's guidance
     torchrun --nproc_per_node=8 sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 \
         --vae vae.safetensors --solver sde --steps 250 --num-samples 50000 \
         --guidance 1.8 --guidance-interval 0 0.7
@@ -66,8 +64,7 @@ def parse_args(argv=None):
     add("--guidance-channels", type=int, help="guide the first ones only (default: all; DiT: 3)")
     add("--churn", type=float, nargs=4, default=[40, 0, math.inf, 1], metavar=CHURN, help="of EDM")
     add("--classes", nargs="+", help="these alone, names or numbers (default: all)")
-    how = "of each image: random class, classes in turn, or the null label"
-    add("--labels", choices=("random", "balanced", "null"), default="random", help=how)
+    add("--labels", choices=("random", "balanced", "null"), default="random", help="of the images")
     add("--seed", type=int, default=0, help="of all draws")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of network and decoder")
     add("--vae", type=Path, help="decoder of the latents (default: the file of the training)")
@@ -97,10 +94,8 @@ def load_network(args):
     if unlike:
         raise UserError(f"{args.ckpt} is not a {args.model}: it has {', '.join(unlike)}")
     name = args.diffusion or {"dit": "ddpm", "maskdit": "edm"}.get(args.official, "flow")
-    diffusion = make_diffusion(name)
-    if diffusion.learned_variance != net.config["learn_sigma"]:
-        raise UserError(f"{args.ckpt} does not fit --diffusion {name}: its variance channels")
-    return net, diffusion, {**about, "diffusion": name, "vae": "", "vae_scale": models.VAE_SCALE}
+    about |= {"diffusion": name, "vae": "", "vae_scale": models.VAE_SCALE}
+    return net, make_diffusion(name), about
 
 
 def load_decoder(args, about):
@@ -109,12 +104,11 @@ def load_decoder(args, about):
         raise UserError(f"{args.ckpt} generates pixels: leave out --vae")
     if about["vae"] is None or args.latents:
         return None
-    file = args.vae or Path(about["vae"])
-    if not file.is_file():
+    if not args.vae and not os.path.isfile(about["vae"]):
         raise UserError(f"{args.ckpt} generates latents: give --vae, their VAE, or --latents")
-    vae = models.load_vae(file)
+    vae = models.load_vae(args.vae or Path(about["vae"]))
     if about.get("vae_hash", vae.digest("encoder")) != vae.digest("encoder"):
-        raise UserError(f"{file} has another encoder than the VAE of the training")
+        raise UserError(f"--vae {args.vae} has another encoder than the VAE of the training")
     return vae
 
 
@@ -124,9 +118,9 @@ def chosen_labels(args, about, num_classes):
         return [num_classes]
     names = {str(k): k for k in range(num_classes)}
     names |= {name: k for k, name in enumerate(about.get("classes", ()))}
-    unknown = [name for name in args.classes or () if name not in names]
-    if unknown:
-        raise UserError(f"--classes {' '.join(unknown)}: choose from {', '.join(names)}")
+    for name in args.classes or ():
+        if name not in names:
+            raise UserError(f"--classes {name}: choose from {', '.join(names)}")
     return [names[name] for name in args.classes or map(str, range(num_classes))]
 
 
@@ -142,37 +136,16 @@ def describe(args, net, about, vae):
     }
 
 
-def check(args, net, diffusion):
-    """Raises UserError for flags that do not fit the network."""
-    low, high = args.guidance_interval
-    channels = net.config["in_channels"]
-    if min(args.num, args.batch_size, args.steps) < 1:
-        raise UserError("--num, --batch-size and --steps must be at least 1")
-    if not 1 <= args.guidance < math.inf:
-        raise UserError(f"--guidance {args.guidance:g}: must be at least 1, which turns it off")
-    if not low < high:
-        raise UserError(f"--guidance-interval {low:g} {high:g}: must be LOW below HIGH")
-    if args.guidance_channels and not 1 <= args.guidance_channels <= channels:
-        raise UserError(f"--guidance-channels {args.guidance_channels}: from 1 to {channels}")
-    try:
-        diffusion.times(args.steps)
-    except ValueError as error:
-        raise UserError(f"--steps {args.steps}: {error}") from None
-
-
-def sample(args, net, diffusion, vae, scale, classes, first, device):
+def sample(args, net, guided, diffusion, vae, scale, classes, first, device):
     """Images uint8 (N, H, W, 3), or latents (N, C, h, w), from number `first` on; labels (N,)."""
-    last = min(first + args.batch_size, args.num)
+    indices = range(first, min(first + args.batch_size, args.num))
     side = net.config["input_size"]
-    shape = (net.config["in_channels"], side, side)
-    draw = ImageNoise(args.seed, range(first, last), shape, device)
+    draw = ImageNoise(args.seed, indices, (net.config["in_channels"], side, side), device)
     noise = draw()
     if args.labels == "random":
         y = draw.choice(classes)
     else:
-        y = torch.tensor([classes[i % len(classes)] for i in range(first, last)], device=device)
-    null, interval = net.config["num_classes"], tuple(args.guidance_interval)
-    guided = Guided(net, args.guidance, null, interval, args.guidance_channels)
+        y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         if args.solver == "sde":
             churn = dict(zip(CHURN, args.churn))
@@ -218,49 +191,48 @@ def main(args):
     if world > 1:
         dist.init_process_group("gloo")
     torch.set_float32_matmul_precision("high")
-    parts = args.out / "parts"
     try:
         net, diffusion, about = load_network(args)
-        check(args, net, diffusion)
-        classes = chosen_labels(args, about, net.config["num_classes"])
+        if min(args.num, args.batch_size, args.steps) < 1:
+            raise UserError("--num, --batch-size and --steps must be at least 1")
+        diffusion.times(args.steps)  # raises ValueError for steps that there are not
+        null, interval = net.config["num_classes"], tuple(args.guidance_interval)
+        guided = Guided(net, args.guidance, null, interval, args.guidance_channels)
+        classes = chosen_labels(args, about, null)
         vae = load_decoder(args, about)
         protocol = describe(args, net, about, vae)
         before = args.out / "protocol.json"
         if before.exists() and json.loads(before.read_text()) != protocol:
             raise UserError(f"{args.out} holds other samples (see protocol.json): another --out")
-    except UserError as error:
+    except ValueError as error:  # UserError, and those of Guided and times
         models.fail(error)
-    if world > 1:
-        dist.barrier()
     if rank == 0:
-        text = json.dumps(protocol, indent=1)
-        write_atomically(before, lambda file: file.write(text.encode()))
+        text = json.dumps(protocol, indent=1).encode()
+        write_atomically(before, lambda file: file.write(text))
+    if args.png:
+        (args.out / "png").mkdir(parents=True, exist_ok=True)
     net.to(device)
-    if vae:
-        vae.to(device)
+    vae = vae and vae.to(device)
     done = (args.out / "samples.npz").exists()
     starts = [] if done else range(0, args.num, args.batch_size)
-    paths = [parts / f"{first:07d}.npz" for first in starts]
+    paths = [args.out / "parts" / f"{first:07d}.npz" for first in starts]
     mine = list(zip(starts, paths))[rank::world]
     for first, path in tqdm(mine, unit="batch", disable=rank > 0, dynamic_ncols=True):
         if path.exists():
             continue
-        rest = (vae, about["vae_scale"], classes, first, device)
-        images, labels = sample(args, net, diffusion, *rest)
+        decoding = (vae, about["vae_scale"])
+        images, labels = sample(args, net, guided, diffusion, *decoding, classes, first, device)
         for i, image in enumerate(images if args.png else (), first):
-            name = args.out / "png" / f"{i:06d}.png"
-            name.parent.mkdir(exist_ok=True)
-            Image.fromarray(image).save(name)
+            Image.fromarray(image).save(args.out / "png" / f"{i:06d}.png")
         write_atomically(path, lambda file: np.savez(file, images=images, labels=labels))
     if world > 1:
         dist.barrier()
     if rank == 0:
         if not done:
             join(paths, args.out, protocol)
-            shutil.rmtree(parts)
+            shutil.rmtree(args.out / "parts")
         print(f"{args.num} samples in {args.out / 'samples.npz'}", flush=True)
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
