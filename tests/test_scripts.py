@@ -46,9 +46,9 @@ def scaffold(text):
         r"^# --- method.*?^# --- end method[^\n]*\n", "", text, flags=re.S | re.M
     )
     assert blocks == 1
-    text, calls = re.subn(r"^    main\(\w+, parse_args\(\)\)$", "", text, flags=re.M)
+    text, calls = re.subn(r"^    main\(\w+, parse_args\(\)\)$", "    main()", text, flags=re.M)
     assert calls == 1
-    return text
+    return text.strip()
 
 
 # Budgets
