@@ -4,11 +4,12 @@
     python fid.py --save-stats reference.npz DATA/train    # statistics to compare with, once
     torchrun --nproc_per_node=8 fid.py samples/ reference.npz --num-samples 50000
 
-SAMPLES and REFERENCE are each a folder of images (searched recursively, without hidden files), an
-.npz of images (`arr_0`, uint8 N x H x W x 3), of statistics (`mu`, `sigma`; for sFID `mu_s`,
-`sigma_s`), or of both (ADM's reference files: FID and sFID then take the statistics). Prints one
-JSON object; what cannot be computed is null, and a line on stderr says why. --features FILE is a
-TorchScript network, uint8 N x 3 x H x W -> N x D; its code is run, so use only what you trust.
+SAMPLES and REFERENCE are each a folder of images (searched recursively, without hidden files), a
+training script's decoded images (DATA.cache/HASH), or an .npz of images (`arr_0`, uint8
+N x H x W x 3), of statistics (`mu`, `sigma`; for sFID `mu_s`, `sigma_s`), or of both (ADM's
+reference files: FID and sFID then take the statistics). Prints one JSON object; what cannot be
+computed is null, and a line on stderr says why. --features FILE is a TorchScript network, uint8
+N x 3 x H x W -> N x D; its code is run, so use only what you trust.
 
 ADM is openai/guided-diffusion at 1b61a43, evaluations/evaluator.py. Implementation details:
 1. Images of a set have one size. Files are sorted by path, alpha channels are dropped.
@@ -17,13 +18,11 @@ ADM is openai/guided-diffusion at 1b61a43, evaluations/evaluator.py. Implementat
 3. Network: the Inception of 2015-12-05 in the weights of pytorch-fid, float32 without TF32.
 4. FID (1706.08500, eq. 6): Frechet distance of the 2048 pooled activations. sFID (2103.03841): of
    the first 7 channels of TF's mixed_6/conv (17 x 17 x 7). Float64 sums, covariance with N - 1.
-   With fewer than about 10,000 samples both come out too high; 50,000 are usual.
 5. Inception score (1606.03498): softmax without bias, mean over chunks of 5,000 images in order.
 6. Precision, recall (1904.06991): k = 3 neighbours, pooled activations, all images of REFERENCE.
    ADM computes distances in float16, we in float32: single counts may differ.
 7. With another network the results have other names (frechet_distance, ...). Statistics of another
    network are refused; those that name none, such as ADM's, count as those of the network in use.
-8. Batches do not depend on the number of processes: the results agree up to rounding.
 """
 
 import argparse
@@ -47,19 +46,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_SHA256 = "6726825d"  # first digits
+WEIGHTS = f"pt_inception-2015-12-05-{WEIGHTS_SHA256}.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 DOWNLOAD = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-NEIGHBOURS = 3
-METRICS = {  # flag: results, and what they are called for features of another network
-    "fid": {"fid": "frechet_distance"},
-    "sfid": {"sfid": "spatial_frechet_distance"},
-    "is": {"inception_score": "class_score"},
-    "pr": {"precision": "feature_precision", "recall": "feature_recall"},
-}
-NEEDS = {"fid": ["mu", "sigma"], "sfid": ["mu_s", "sigma_s"], "is": ["logits"], "pr": ["pool"]}
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets these
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -73,9 +64,6 @@ def fail(message):
     sys.exit(2)
 
 
-# --- network
-
-
 class ConvBN(nn.Module):
     def __init__(self, in_channels, out_channels, kernel, stride=1, padding="same"):
         super().__init__()
@@ -86,73 +74,50 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-class Mixed(nn.Module):
-    """Branches, each a chain of convolutions (channels, kernel[, stride, padding]), concatenated.
-
-    Convolutions are numbered if a branch has several. SPLIT is two side by side, a and b.
-    """
-
-    def __init__(self, in_channels, pool, branches):
-        super().__init__()
-        self.pool = pool
-        self.branches = {branch: [] for branch in branches}
-        for branch, convs in branches.items():
-            channels = in_channels
-            for i, (out_channels, kernel, *shape) in enumerate(convs, start=1):
-                name = f"{branch}_{i}" if len(convs) > 1 else branch
-                kernels = kernel if kernel is SPLIT else {"": kernel}
-                for letter, kernel in kernels.items():
-                    self.add_module(name + letter, ConvBN(channels, out_channels, kernel, *shape))
-                self.branches[branch].append([name + letter for letter in kernels])
-                channels = out_channels
-
-    def forward(self, x):
-        outputs = []
-        for branch, convs in self.branches.items():
-            y = [self.pool(x) if branch == "branch_pool" else x]
-            for names in convs:
-                y = [self.get_submodule(name)(y[0]) for name in names]
-            outputs += y
-        return torch.cat(outputs, 1)
-
-
-SPLIT = {"a": (1, 3), "b": (3, 1)}
 AVERAGE_POOL = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX_POOL = nn.MaxPool2d(3, stride=1, padding=1)
 HALVE = nn.MaxPool2d(3, stride=2)
+# Branches are NAME KERNEL:CHANNELS KERNEL:CHANNELS ...; "/2" is a stride, "," two side by side.
+MIXED_5 = "1x1 1x1:64 | 5x5 1x1:48 5x5:64 | 3x3dbl 1x1:64 3x3:96 3x3:96 | _pool 1x1:{}"
+MIXED_6 = """1x1 1x1:192 | 7x7 1x1:{0} 1x7:{0} 7x1:192 |
+    7x7dbl 1x1:{0} 7x1:{0} 1x7:{0} 7x1:{0} 1x7:192 | _pool 1x1:192"""
+MIXED_7 = """1x1 1x1:320 | 3x3 1x1:384 1x3,3x1:384 |
+    3x3dbl 1x1:448 3x3:384 1x3,3x1:384 | _pool 1x1:192"""
+MIXED_6A = "3x3 3x3/2:384 | 3x3dbl 1x1:64 3x3:96 3x3/2:96 | _pool"
+MIXED_7A = "3x3 1x1:192 3x3/2:320 | 7x7x3 1x1:192 1x7:192 7x1:192 3x3/2:192 | _pool"
 
 
-MIXED_5 = {
-    "branch1x1": [(64, 1)],
-    "branch5x5": [(48, 1), (64, 5)],
-    "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
-}
-MIXED_6A = {
-    "branch3x3": [(384, 3, 2, "valid")],
-    "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2, "valid")],
-    "branch_pool": [],
-}
-MIXED_7A = {
-    "branch3x3": [(192, 1), (320, 3, 2, "valid")],
-    "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, "valid")],
-    "branch_pool": [],
-}
-MIXED_7 = {
-    "branch1x1": [(320, 1)],
-    "branch3x3": [(384, 1), (384, SPLIT)],
-    "branch3x3dbl": [(448, 1), (384, 3), (384, SPLIT)],
-    "branch_pool": [(192, 1)],
-}
+class Mixed(nn.Module):
+    """Concatenated branches, each a chain of convolutions; that of the name _pool pools first."""
 
+    def __init__(self, in_channels, pool, branches):
+        super().__init__()
+        self.chains = []  # of each branch the layers, of each layer those side by side
+        for branch in branches.split("|"):
+            name, *convs = branch.split()
+            chain = [[pool]] if name == "_pool" else []
+            channels = in_channels
+            for i, conv in enumerate(convs, start=1):
+                number = f"_{i}" if len(convs) > 1 else ""
+                kernels, out_channels = conv.split(":")
+                chain.append([])
+                for letter, kernel in zip("ab" if "," in kernels else [""], kernels.split(",")):
+                    shape = (2, "valid") if kernel.endswith("/2") else (1, "same")
+                    size = int(kernel[0]), int(kernel[2])
+                    layer = ConvBN(channels, int(out_channels), size, *shape)
+                    self.add_module(f"branch{name}{number}{letter}", layer)
+                    chain[-1].append(layer)
+                channels = int(out_channels)
+            self.chains.append(chain)
 
-def mixed_6(c):
-    branches = {
-        "branch1x1": [(192, 1)],
-        "branch7x7": [(c, 1), (c, (1, 7)), (192, (7, 1))],
-        "branch7x7dbl": [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
-        "branch_pool": [(192, 1)],
-    }
-    return Mixed(768, AVERAGE_POOL, branches)
+    def forward(self, x):
+        outputs = []
+        for chain in self.chains:
+            y = [x]
+            for layers in chain:
+                y = [layer(y[0]) for layer in layers]
+            outputs += y
+        return torch.cat(outputs, 1)
 
 
 def resize_tf1(images, size=299):
@@ -183,14 +148,14 @@ class InceptionV3(nn.Module):
         self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
         self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, 1, "valid")
-        self.Mixed_5b = Mixed(192, AVERAGE_POOL, MIXED_5 | {"branch_pool": [(32, 1)]})
-        self.Mixed_5c = Mixed(256, AVERAGE_POOL, MIXED_5 | {"branch_pool": [(64, 1)]})
-        self.Mixed_5d = Mixed(288, AVERAGE_POOL, MIXED_5 | {"branch_pool": [(64, 1)]})
+        self.Mixed_5b = Mixed(192, AVERAGE_POOL, MIXED_5.format(32))
+        self.Mixed_5c = Mixed(256, AVERAGE_POOL, MIXED_5.format(64))
+        self.Mixed_5d = Mixed(288, AVERAGE_POOL, MIXED_5.format(64))
         self.Mixed_6a = Mixed(288, HALVE, MIXED_6A)
-        self.Mixed_6b = mixed_6(128)
-        self.Mixed_6c = mixed_6(160)
-        self.Mixed_6d = mixed_6(160)
-        self.Mixed_6e = mixed_6(192)
+        self.Mixed_6b = Mixed(768, AVERAGE_POOL, MIXED_6.format(128))
+        self.Mixed_6c = Mixed(768, AVERAGE_POOL, MIXED_6.format(160))
+        self.Mixed_6d = Mixed(768, AVERAGE_POOL, MIXED_6.format(160))
+        self.Mixed_6e = Mixed(768, AVERAGE_POOL, MIXED_6.format(192))
         self.Mixed_7a = Mixed(768, HALVE, MIXED_7A)
         self.Mixed_7b = Mixed(1280, AVERAGE_POOL, MIXED_7)
         self.Mixed_7c = Mixed(2048, MAX_POOL, MIXED_7)
@@ -214,92 +179,93 @@ class InceptionV3(nn.Module):
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
 
-def load_inception(path=None, resize="tf1"):
-    """Network for inference; without a path the published weights, downloaded once."""
-    network = InceptionV3(resize)
-    path = path or DOWNLOAD
+def load_network(features=None, inception=None, resize="tf1"):
+    """The network for inference and its file: TorchScript, or Inception, downloaded once."""
+    path = features or inception or DOWNLOAD
     try:
         if path == DOWNLOAD and LOCAL_RANK == 0 and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(WEIGHTS_URL, str(path), WEIGHTS_SHA256)
         if WORLD > 1:
             dist.barrier()
+        if features:
+            return torch.jit.load(path, map_location="cpu").eval(), path
+        network = InceptionV3(resize)
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        fail(f"cannot load {path} ({reason}): give --inception FILE, from {WEIGHTS_URL}")
-    return network.to(memory_format=torch.channels_last)  # faster
+        fail(f"cannot load {path} ({error!r:.200}): Inception's weights are at {WEIGHTS_URL}")
+    return network.to(memory_format=torch.channels_last), path  # faster
 
 
-def load_features(path):
-    """TorchScript network, uint8 (N, 3, H, W) -> (N, D). Loading it runs its code."""
+def load_images(path):
+    """RGB uint8 (N, H, W, 3) of an image, N = 1, or of a shard of a training script's cache."""
     try:
-        return torch.jit.load(path, map_location="cpu").eval()
-    except (RuntimeError, ValueError):
-        fail(f"{path} is not a TorchScript module")
-
-
-# --- images
-
-
-def load_image(path):
-    """RGB uint8 (H, W, 3)."""
-    try:
+        if path.suffix == ".npy":
+            images = np.load(path, mmap_mode="r").transpose(0, 2, 3, 1)
+            if images.dtype != np.uint8 or images.shape[3] != 3:
+                raise ValueError("it holds no uint8 images (n, 3, S, S)")
+            return images
         with Image.open(path) as image:
-            assert image.mode[0] not in "IF", f"it is not 8-bit, Pillow mode {image.mode}"
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:
+            if image.mode[0] in "IF":
+                raise ValueError(f"it is not 8-bit, Pillow mode {image.mode}")
+            return np.asarray(image.convert("RGB"))[None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         fail(f"cannot read image {path} ({error})")
 
 
-class ImageSet:
-    """SAMPLES or REFERENCE: `num` images (0: statistics only) and the arrays of statistics."""
+class Folder:
+    """The images of a folder, sorted by path; without images, those of its .npy shards."""
 
     def __init__(self, path):
         self.path = path
-        self.files = []
-        self.num = 0
         self.arrays = {}
-        if path.is_dir():
-            names = glob.glob("**/*.*", root_dir=path, recursive=True)  # without hidden ones
-            self.files = sorted(path / n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES)
-            self.num = len(self.files)
-        elif zipfile.is_zipfile(path):
-            with np.load(path, allow_pickle=False) as arrays:
-                if "mu" in arrays:
-                    self.arrays = {name: arrays[name] for name in arrays if name != "arr_0"}
-                if "arr_0" in arrays:
-                    with arrays.zip.open("arr_0.npy") as stream:
-                        np.lib.format.read_magic(stream)
-                        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-                        self.start = stream.tell()
-                    if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
-                        fail(f"arr_0 of {path} must be uint8 (N, H, W, 3), not {dtype} {shape}")
-                    self.num, *self.shape = shape
-        else:
-            fail(f"{path} is neither a folder nor a complete .npz file")
-        if self.num == 0 and not self.arrays:
-            fail(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
+        names = glob.glob("**/*.*", root_dir=path, recursive=True)  # without hidden ones
+        images = sorted(path / n for n in names if Path(n).suffix.lower() in IMAGE_SUFFIXES)
+        self.files = images or sorted(path.glob("[0-9]*.npy"))
+        counts = [1 if images else len(load_images(file)) for file in self.files]
+        self.starts = np.cumsum([0, *counts])
+        self.num = int(self.starts[-1])
+        self.shape = load_images(self.files[0]).shape[1:] if self.files else None
+        self.pool = ThreadPoolExecutor(8)
 
-    def batches(self, start, stop, size):
-        """Yields uint8 (B, H, W, 3) of the images start .. stop - 1, reading as it goes."""
-        if self.files:
-            shape = load_image(self.files[0]).shape
-            with ThreadPoolExecutor(8) as pool:
-                for first in range(start, stop, size):
-                    files = self.files[first : min(first + size, stop)]
-                    images = list(pool.map(load_image, files))
-                    for file, image in zip(files, images):
-                        if image.shape != shape:
-                            fail(f"images of one set must have one size: {file} has another")
-                    yield np.stack(images)
-        else:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
-                image_bytes = math.prod(self.shape)
-                stream.seek(self.start + start * image_bytes)
-                for first in range(start, stop, size):
-                    data = bytearray(stream.read(min(size, stop - first) * image_bytes))
-                    yield np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
+    def read(self, first, stop):
+        """Images first .. stop - 1, uint8 (B, H, W, 3)."""
+        a = np.searchsorted(self.starts, first, side="right") - 1
+        b = np.searchsorted(self.starts, stop)
+        parts = []
+        for k, images in enumerate(self.pool.map(load_images, self.files[a:b]), start=a):
+            if images.shape[1:] != self.shape:
+                fail(f"images of one set must have one size: {self.files[k]} has another")
+            parts.append(images[max(first - self.starts[k], 0) : stop - self.starts[k]])
+        return np.concatenate(parts)
+
+
+class Archive:
+    """The statistics of an .npz, and its images `arr_0`, which need not fit into memory."""
+
+    def __init__(self, path):
+        if not zipfile.is_zipfile(path):
+            fail(f"{path} is neither a folder nor a complete .npz file")
+        self.path = path
+        self.num = 0
+        with np.load(path) as file:
+            self.arrays = {name: file[name] for name in file if "mu" in file and name != "arr_0"}
+            if "arr_0" not in file:
+                return
+        self.stream = zipfile.ZipFile(path).open("arr_0.npy")
+        np.lib.format.read_magic(self.stream)
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(self.stream)
+        if dtype != np.uint8 or fortran_order or len(shape) != 4 or shape[3] != 3:
+            fail(f"arr_0 of {path} must be uint8 (N, H, W, 3), not {dtype} {shape}")
+        self.num, *self.shape = shape
+        self.start = self.stream.tell()
+
+    def read(self, first, stop):
+        """Images first .. stop - 1, uint8 (B, H, W, 3)."""
+        image_bytes = math.prod(self.shape)
+        self.stream.seek(self.start + first * image_bytes)
+        data = bytearray(self.stream.read((stop - first) * image_bytes))
+        return np.frombuffer(data, np.uint8).reshape(-1, *self.shape)
 
 
 def all_sum(x):
@@ -310,65 +276,48 @@ def all_sum(x):
 
 
 def extract(images, network, device, batch_size, wanted):
-    """Arrays by name: mu (D,), sigma (D, D), the same with _s for sFID, `wanted` features (N, D).
-
-    Every process takes a contiguous part of the batches, and has all results in the end.
-    """
+    """By name: mu (D,), sigma (D, D), for sFID mu_s, sigma_s, and `wanted` features (N, D)."""
     num = images.num
-    batch_size = min(batch_size, num // WORLD)
-    batches = -(-num // batch_size)
-    first = batches * RANK // WORLD * batch_size
-    stop = min(batches * (RANK + 1) // WORLD * batch_size, num)
-    bar = tqdm(total=stop - first, unit="img", leave=False, disable=RANK > 0 or None)
-    sums = {}
-    arrays = {}
-    for batch in images.batches(first, stop, batch_size):
-        x = torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().to(device)
+    size = min(batch_size, num // WORLD)
+    batches = -(-num // size)
+    stop = min(batches * (RANK + 1) // WORLD * size, num)
+    starts = range(batches * RANK // WORLD * size, stop, size)  # the batches of this process
+    arrays, sums, outers = {}, {}, {}
+    for first in tqdm(starts, unit="batch", leave=False, disable=RANK > 0 or None):
+        batch = torch.from_numpy(images.read(first, min(first + size, stop)))
         with torch.inference_mode():
-            out = network(x)
+            out = network(batch.permute(0, 3, 1, 2).contiguous().to(device))
         if not isinstance(out, dict):
             out = {"pool": out}
-        for name, f in out.items():
-            if name in wanted:
-                if name not in arrays:
-                    arrays[name] = torch.zeros(num, f.shape[1])
-                arrays[name][first : first + len(x)] = f
-            if name != "logits":
-                f = f.double()
-                total, outer = sums.get(name, (0, 0))
-                sums[name] = total + f.sum(0), outer + f.T @ f
-        first += len(x)
-        bar.update(len(x))
-    arrays = {name: all_sum(rows) for name, rows in arrays.items()}
-    for name, (total, outer) in sums.items():
-        mu = all_sum(total.cpu()) / num
-        outer = all_sum(outer.cpu())
+        for name in wanted & out.keys():
+            if name not in arrays:
+                arrays[name] = torch.zeros(num, out[name].shape[1])
+            arrays[name][first : first + size] = out[name]
+        for name in {"pool", "spatial"} & out.keys():
+            f = out[name].double()
+            sums[name] = sums.get(name, 0) + f.sum(0)
+            outers[name] = outers.get(name, 0) + f.T @ f
+    arrays = {name: all_sum(arrays[name]).to(device) for name in sorted(arrays)}
+    for name in sorted(sums):
+        mu = all_sum(sums[name].cpu()) / num
+        sigma = (all_sum(outers[name].cpu()) - num * mu.outer(mu)) / (num - 1)
         end = "_s" if name == "spatial" else ""
-        arrays["mu" + end] = mu.numpy()
-        arrays["sigma" + end] = ((outer - num * mu.outer(mu)) / (num - 1)).numpy()
+        arrays |= {f"mu{end}": mu.numpy(), f"sigma{end}": sigma.numpy()}
     return arrays
 
 
-# --- metrics
-
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) in float64; mu (D,), sigma (D, D).
-
-    The last trace is the sum of the roots of the eigenvalues of S1 S2. If S1 or S2 is singular
-    (fewer images than dimensions), roots of rounding errors would count: then it is the sum of the
-    singular values of R1^T R2, S = R R^T, without the columns of eigenvalue zero.
-    """
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) in float64; mu (D,), sigma (D, D)."""
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    try:
+    try:  # the eigenvalues of S1 S2, five times faster
         np.linalg.cholesky(sigma1)
         values = scipy.linalg.eigh(sigma1, sigma2, type=2, eigvals_only=True, driver="gv")
-        trace = np.sqrt(values.clip(min=0)).sum()
-    except np.linalg.LinAlgError:
+        trace = np.sqrt(values.clip(min=0)).sum()  # of (S1 S2)^(1/2)
+    except np.linalg.LinAlgError:  # singular: fewer images than dimensions
         roots = []
         for values, vectors in (np.linalg.eigh(sigma1), np.linalg.eigh(sigma2)):
-            positive = values > 10 * np.finfo(float).eps * values.max(initial=0)
-            roots.append(vectors[:, positive] * np.sqrt(values[positive]))
+            values *= values > 10 * np.finfo(float).eps * values.max()  # others are rounding errors
+            roots.append(vectors * np.sqrt(values))  # S = R R^T
         trace = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
 
@@ -383,63 +332,56 @@ def inception_score(logits, chunk=5000):
     return float(np.mean(scores))
 
 
-def neighbour_radii(features, k=NEIGHBOURS, block=1024):
+def neighbour_radii(points, k=3, block=1024):
     """Distance of every point of (N, D) to its k-th nearest neighbour, itself not counted: (N,)."""
-    parts = [torch.cdist(x, features).topk(k + 1, largest=False) for x in features.split(block)]
+    parts = [torch.cdist(x, points).topk(k + 1, largest=False) for x in points.split(block)]
     return torch.cat([part.values[:, -1] for part in parts])
 
 
-def manifold_membership(samples, reference, k=NEIGHBOURS, block=1024):
-    """Which samples (N, D) lie in the manifold of the reference (M, D), and the other way round.
-
-    A manifold is the union of the closed balls around its points up to their k-th neighbours
-    (1904.06991, eq. 1). `block` rows of distances at a time, about the reference's mean because
-    rounding grows with the norms.
-    """
-    centre = reference.mean(0, dtype=torch.float64).to(reference.dtype)
-    samples, reference = samples - centre, reference - centre
-    radii = neighbour_radii(reference, k, block)
-    samples_inside = []
-    reference_inside = torch.zeros_like(radii, dtype=torch.bool)
-    for x, own in zip(samples.split(block), neighbour_radii(samples, k, block).split(block)):
-        distances = torch.cdist(x, reference)
-        samples_inside.append((distances <= radii).any(1))
-        reference_inside |= (distances <= own[:, None]).any(0)
-    return torch.cat(samples_inside), reference_inside
+def in_manifold(points, others, block=1024):
+    """Which points (N, D) lie in the manifold of others (M, D), the balls around them (eq. 1)."""
+    radii = neighbour_radii(others, block=block)
+    parts = [(torch.cdist(x, others) <= radii).any(1) for x in points.split(block)]
+    return torch.cat(parts)
 
 
-def precision_recall(samples, reference, k=NEIGHBOURS, block=1024):
+def precision_recall(samples, reference, block=1024):
     """Share of samples in the manifold of the reference, and of the reference in the samples'."""
-    inside = manifold_membership(samples, reference, k, block)
-    return tuple(x.double().mean().item() for x in inside)
+    centre = reference.mean(0, dtype=torch.float64).float()  # rounding grows with the norms
+    samples, reference = samples - centre, reference - centre
+    precision = in_manifold(samples, reference, block).double().mean()
+    recall = in_manifold(reference, samples, block).double().mean()
+    return precision.item(), recall.item()
 
 
-def measure(metrics, samples, reference, device):
-    """Results by name; None, with a warning, if something is missing."""
+METRICS = {  # flag: function, what it takes of each set, results, their names in other features
+    "fid": (frechet_distance, "mu sigma", "fid", "frechet_distance"),
+    "sfid": (frechet_distance, "mu_s sigma_s", "sfid", "spatial_frechet_distance"),
+    "is": (inception_score, "logits", "inception_score", "class_score"),
+    "pr": (precision_recall, "pool", "precision recall", "feature_precision feature_recall"),
+}
+
+
+def measure(metrics, samples, reference, official):
+    """Results by name; None, with a line on stderr, if something is missing."""
     results = {}
     for metric in metrics:
-        results |= dict.fromkeys(METRICS[metric])
+        function, keys, names, other_names = METRICS[metric]
+        keys = keys.split()
+        names = (names if official else other_names).split()
         sets = [samples] if metric == "is" else [samples, reference]
-        without = [s.path for s in sets if not s.arrays.keys() >= set(NEEDS[metric])]
+        without = [s.path for s in sets if not s.arrays.keys() >= set(keys)]
         if without:
-            what = "images" if metric in ("is", "pr") else " and ".join(NEEDS[metric])
-            name = " and ".join(METRICS[metric])
-            print(f"fid.py: no {name}: {without[0]} holds no {what}", file=sys.stderr)
+            what = "images" if metric in ("is", "pr") else " and ".join(keys)
+            print(f"fid.py: no {' and '.join(names)}: {without[0]} has no {what}", file=sys.stderr)
+            results |= dict.fromkeys(names)
             continue
-        data = [s.arrays[key] for s in sets for key in NEEDS[metric]]
-        if data[0].shape[-1] != data[-1].shape[-1]:
-            fail(f"feature dimension mismatch: {data[0].shape[-1]} and {data[-1].shape[-1]}")
-        if metric == "is":
-            results["inception_score"] = inception_score(*data)
-        elif metric == "pr":
-            pools = [pool.to(device) for pool in data]
-            results["precision"], results["recall"] = precision_recall(*pools)
-        else:
-            results[metric] = frechet_distance(*data)
+        data = [s.arrays[key] for s in sets for key in keys]
+        shapes = [x.shape for x in data]
+        if metric in ("fid", "sfid") and shapes != 2 * [shapes[0], 2 * shapes[0]]:
+            fail(f"dimensions of mu, sigma, mu, sigma do not fit together: {shapes}")
+        results |= zip(names, np.atleast_1d(function(*data)).tolist())
     return results
-
-
-# --- command line
 
 
 def parse_args(argv=None):
@@ -454,32 +396,21 @@ def parse_args(argv=None):
     add("--metrics", nargs="+", choices=METRICS, help="default: all; with --features: fid pr")
     add("--save-stats", type=Path, metavar="FILE", help="write statistics of SAMPLES (default: no)")
     add("--num", "--num-samples", type=int, help="use the first NUM of SAMPLES (default: all)")
-    add(
-        "--resize",
-        choices=["tf1", "pytorch-fid"],
-        default="tf1",
-        help=f"as ADM or pytorch-fid, {default}",
-    )
+    add("--resize", choices=["tf1", "pytorch-fid"], default="tf1", help=f"ADM's is tf1, {default}")
     add("--inception", type=Path, metavar="FILE", help="its weights (default: downloaded once)")
     add("--features", type=Path, metavar="FILE", help="another network (default: Inception)")
     add("--batch-size", type=int, default=64, help=f"images per process, {default}")
     add("--device", choices=["cpu", "cuda"], default=device, help=f"where to compute, {default}")
     args = parser.parse_args(argv)
+    args.metrics = args.metrics or (["fid", "pr"] if args.features else list(METRICS))
     if (args.reference is None) == (args.save_stats is None):
         fail("give either SAMPLES REFERENCE, or SAMPLES --save-stats FILE")
-    if args.batch_size < 1 or (args.num is not None and args.num < 1):
-        fail("--batch-size and --num must be positive")
-    if args.features and (args.inception or args.resize != "tf1"):
-        fail("--features replaces Inception: leave out --inception and --resize")
-    if args.features and {"sfid", "is"} & set(args.metrics or ()):
-        fail("--metrics sfid and is need Inception: leave out --features")
+    inception_only = args.inception or args.resize != "tf1" or {"sfid", "is"} & {*args.metrics}
+    if args.features and inception_only:
+        fail("--features replaces Inception: leave out --inception, --resize, --metrics sfid is")
     out = args.save_stats
     if out and (out.suffix != ".npz" or out.exists() or not out.parent.is_dir()):
         fail(f"--save-stats {out}: give a new name that ends in .npz, in a folder that exists")
-    if args.save_stats:
-        args.metrics = ["fid", "sfid"]
-    elif args.metrics is None:
-        args.metrics = ["fid", "pr"] if args.features else list(METRICS)
     return args
 
 
@@ -489,19 +420,21 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # it is on by default
     if WORLD > 1:
         dist.init_process_group("gloo")
-    sets = [ImageSet(path) for path in (args.samples, args.reference) if path]
+    paths = args.samples, args.reference
+    sets = [Folder(path) if path.is_dir() else Archive(path) for path in paths if path]
     samples = sets[0]
-    if args.num or args.save_stats:
+    if args.num is not None or args.save_stats:
         samples.arrays = {}  # statistics are those of all images
-    if args.num:
-        if args.num > samples.num:
-            fail(f"--num {args.num}, but {samples.path} holds {samples.num} images")
-        samples.num = args.num
+    if (args.num or 0) > samples.num:
+        fail(f"--num {args.num}, but {samples.path} holds {samples.num} images")
+    samples.num = samples.num if args.num is None else args.num
+    for s in sets:
+        if not s.arrays and s.num < max(4, WORLD):  # precision needs three neighbours
+            fail(f"{s.path}: {s.num} images and no statistics (mu, sigma) are too few")
     counts = [int(s.arrays.get("num", 0)) if s.arrays else s.num for s in sets]
     features = None
     if args.features or any(s.num for s in sets):
-        path = args.features or args.inception or DOWNLOAD
-        network = load_features(path) if args.features else load_inception(path, args.resize)
+        network, path = load_network(args.features, args.inception, args.resize)
         features = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         features["resize"] = None if args.features else args.resize
     for s in sets:
@@ -510,15 +443,13 @@ def main(argv=None):
             features = features or stored
             if stored | {"file": ""} != features | {"file": ""}:
                 fail(f"{s.path} holds statistics of other features: {stored}, not {features}")
+    metrics = ["fid", "sfid"] if args.save_stats else args.metrics
     for s in sets:
-        wanted = {key for metric in args.metrics for key in NEEDS[metric]} - s.arrays.keys()
+        wanted = {key for metric in metrics for key in METRICS[metric][1].split()} - s.arrays.keys()
         if s is not samples:
             wanted.discard("logits")
         if s.num and wanted:
-            if s.num < max(NEIGHBOURS + 1, WORLD):
-                fail(f"{s.path} holds too few images: {s.num}")
-            found = extract(s, network.to(device), device, args.batch_size, wanted)
-            s.arrays = found | s.arrays
+            s.arrays = extract(s, network.to(device), device, args.batch_size, wanted) | s.arrays
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK > 0:
@@ -528,11 +459,13 @@ def main(argv=None):
         np.savez(args.save_stats, num=samples.num, features=json.dumps(features), **samples.arrays)
         results = {"statistics": str(args.save_stats)}
     else:
-        results = measure(args.metrics, *sets, device)
+        official = features is not None and features["sha256"].startswith(WEIGHTS_SHA256)
+        results = measure(args.metrics, *sets, official)
+        if 0 < counts[0] < 10_000:
+            print(f"fid.py: {counts[0]} samples, under 10,000: FID is too high", file=sys.stderr)
+        if len({tuple(s.shape) for s in sets if s.num}) > 1:
+            print("fid.py: SAMPLES and REFERENCE differ in resolution", file=sys.stderr)
         protocol |= {"reference": str(args.reference), "num_reference": counts[1] or None}
-    if features is None or not features["sha256"].startswith(WEIGHTS_SHA256):
-        names = {k: v for renamed in METRICS.values() for k, v in renamed.items()}
-        results = {names.get(name, name): value for name, value in results.items()}
     protocol |= {"features": features, "batch_size": args.batch_size, "processes": WORLD}
     protocol |= {"device": args.device, "torch": torch.__version__}
     print(json.dumps(results | protocol))

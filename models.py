@@ -721,6 +721,8 @@ def load_vae(path, groups=32):
     The architecture is read from the tensors, but for the groups of its norms. Raises UserError.
     """
     content = load_tensors(path) if zipfile.is_zipfile(path) else read_safetensors(path)
+    if "post_quant_conv.weight" not in content:
+        raise UserError(f"{path} is not Stable Diffusion's kind of VAE")
     state = {}
     for name, tensor in content.items():
         if ".attentions.0." in name:
@@ -733,8 +735,6 @@ def load_vae(path, groups=32):
         channels.append(len(state[f"encoder.down_blocks.{len(channels)}.resnets.0.conv1.weight"]))
     while f"encoder.down_blocks.0.resnets.{layers}.conv1.weight" in state:
         layers += 1
-    if not channels or "post_quant_conv.weight" not in state:
-        raise UserError(f"{path} is not Stable Diffusion's kind of VAE")
     vae = AutoencoderKL(channels, layers, len(state["post_quant_conv.weight"]), groups)
     load_state(vae, state, path)
     return vae.eval().requires_grad_(False)

@@ -236,6 +236,8 @@ class SDDiT(nn.Module):
     @torch.no_grad()
     def teacher_tokens(self, x0, noise, t, y):
         """The momentum encoder's last tokens (N, [1 +] T, D) of the nearly clean images."""
+        if self.step == 0:  # it starts as the student, also after --init-from
+            torch._foreach_copy_(self.teachers, self.students)
         t = torch.full_like(t, self.args.teacher_sigma)
         if self.args.teacher_label == "null":
             y = torch.full_like(y, self.null_label)

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from conftest import EVAL, ROOT, STATE_DICTS, recipe_draw, recipe_tensor
 from PIL import Image
@@ -21,8 +20,8 @@ ALL = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
 @pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """The 566 tensors of README_eval."""
+def inception(tmp_path_factory):
+    """The network with the 566 tensors of README_eval."""
     weights = {}
     for name, (shape, kind) in STATE_DICTS["inception"].items():
         gain = 1.0 if name == "fc.weight" else math.sqrt(2)
@@ -33,12 +32,7 @@ def inception_file(tmp_path_factory):
     assert weights.keys() == fid.InceptionV3().state_dict().keys() and len(weights) == 566
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(weights, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def inception(inception_file):
-    return fid.load_inception(inception_file)
+    return fid.load_network(inception=path)[0]
 
 
 def inception_images(case):
@@ -83,14 +77,11 @@ def test_published_weights():
     path = os.environ["FID_WEIGHTS"]
     with open(path, "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest().startswith(fid.WEIGHTS_SHA256)
-    network = fid.load_inception(path)
+    network, _ = fid.load_network(inception=path)
     ramp = torch.arange(3 * 64 * 64).reshape(1, 3, 64, 64) // 64 % 64 * 4
     with torch.inference_mode():
         pool = network(ramp.to(torch.uint8))["pool"]
     assert pool.isfinite().all() and pool.std() > 0
-
-
-# --- distance and statistics
 
 
 def frechet_pair(pair, golden):
@@ -124,34 +115,20 @@ def test_frechet_distance_matches_reference(eval_golden):
         golden.check(f"sigma_{name}_slice", sigma[:8, :8])
 
 
-def test_frechet_distance_closed_forms():
-    rng = np.random.default_rng(0)
-    mu1, mu2 = rng.standard_normal((2, 40))
-    sigma1 = np.cov(rng.standard_normal((40, 200)))
-    sigma2 = np.cov(rng.standard_normal((40, 200)) * rng.uniform(0.5, 2, (40, 1)))
-    means = ((mu1 - mu2) ** 2).sum()
-    literal = np.trace(sigma1 + sigma2 - 2 * scipy.linalg.sqrtm(sigma1 @ sigma2).real)
-    distance = fid.frechet_distance(mu1, sigma1, mu2, sigma2)
-    assert distance == pytest.approx(means + literal, rel=1e-9)
-    assert fid.frechet_distance(mu1, sigma1, mu2, sigma1) == pytest.approx(means, rel=1e-9)
-
-
-@pytest.mark.parametrize("counts", [(100, 100), (100, 400), (400, 100)])
-def test_distance_with_fewer_images_than_dimensions(counts):
+@pytest.mark.parametrize("counts", [(100, 100), (100, 400), (400, 100), (300, 400)])
+def test_distance_of_features(counts):
     """Against the exact trace, the nuclear norm of A^T B of centred features with S = A A^T."""
     rng = np.random.default_rng(0)
     mixing = rng.standard_normal((128, 128)) / 10
     features = [np.maximum(rng.standard_normal((n, 128)) @ mixing, 0) for n in counts]
     features[1] += 0.1
     (mu1, sigma1), (mu2, sigma2) = ((f.mean(0), np.cov(f, rowvar=False)) for f in features)
+    means = ((mu1 - mu2) ** 2).sum()
     roots = [(f - f.mean(0)).T / math.sqrt(len(f) - 1) for f in features]
     nuclear = np.linalg.svd(roots[0].T @ roots[1], compute_uv=False).sum()
-    exact = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2 * nuclear
+    exact = means + np.trace(sigma1 + sigma2) - 2 * nuclear
     assert fid.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(exact, abs=1e-9)
-    assert fid.frechet_distance(mu1, sigma1, mu1, sigma1) == pytest.approx(0, abs=1e-9)
-
-
-# --- Inception score, precision and recall
+    assert fid.frechet_distance(mu1, sigma1, mu2, sigma1) == pytest.approx(means, abs=1e-9)
 
 
 def test_inception_score_matches_reference(eval_golden):
@@ -193,9 +170,9 @@ def test_precision_and_recall_match_reference(index, eval_golden):
         radii = golden.outputs[f"{name}_radii_{side}"]
         rtol = golden.meta["tolerance"]["radii_rtol"]
         torch.testing.assert_close(fid.neighbour_radii(sets[side]), radii, rtol=rtol, atol=0)
-    fake_inside, real_inside = fid.manifold_membership(sets["fake"], sets["real"])
-    assert torch.equal(fake_inside, golden.outputs[f"{name}_fake_in_real_manifold"])
-    assert torch.equal(real_inside, golden.outputs[f"{name}_real_in_fake_manifold"])
+    for a, b in (("fake", "real"), ("real", "fake")):
+        inside = fid.in_manifold(sets[a], sets[b])
+        assert torch.equal(inside, golden.outputs[f"{name}_{a}_in_{b}_manifold"])
     for block in (37, 1024):
         value = np.array(fid.precision_recall(sets["fake"], sets["real"], block=block))
         counts = np.array([len(sets["fake"]), len(sets["real"])])
@@ -210,12 +187,8 @@ def test_closed_forms_of_score_precision_and_recall():
     reference = torch.arange(5.0)[:, None]
     assert fid.neighbour_radii(reference).tolist() == [3, 2, 2, 2, 3]
     samples = torch.tensor([[-3.0], [-3.5], [7.0], [2.5], [8.0]])  # the manifold is [-3, 7]
-    inside, _ = fid.manifold_membership(samples, reference)
-    assert inside.tolist() == [True, False, True, True, False]
+    assert fid.in_manifold(samples, reference).tolist() == [True, False, True, True, False]
     assert fid.precision_recall(samples, reference) == (0.6, 1)
-
-
-# --- command line
 
 
 class Means(torch.nn.Module):
@@ -228,13 +201,12 @@ class Means(torch.nn.Module):
 class SmallInception(Means):
     """Stands in for Inception where 2048 x 2048 eigenvalues would take too long."""
 
+    def __init__(self, resize):
+        super().__init__()
+
     def forward(self, images):
         pool = super().forward(images)
         return {"pool": pool, "spatial": pool[:, ::2] ** 2, "logits": 8 * pool}
-
-
-def use_small_inception(path, resize):
-    return SmallInception()
 
 
 def means(images):
@@ -263,13 +235,13 @@ def work(tmp_path_factory):
         (path / "a" / hidden).write_bytes(b"not an image")
     torch.jit.script(Means()).save(path / "features.pt")
     (path / "weights.pth").write_bytes(b"no weights")
-    (path / "inception.pth").write_bytes(b"any")
+    torch.save({}, path / "inception.pth")
     return path, a, b
 
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    monkeypatch.setattr(fid, "load_inception", use_small_inception)
+    monkeypatch.setattr(fid, "InceptionV3", SmallInception)
 
     def run(*argv):
         """JSON object and stderr of main()."""
@@ -303,12 +275,37 @@ def test_distance_is_that_of_numpy_for_each_kind_of_input(work, run, tmp_path):
             assert (result["num_samples"], result["num_reference"]) == (41, 62)
             assert result["features"]["file"] == "features.pt"
             assert len(result["features"]["sha256"]) == 64
-    assert result["feature_recall"] is None and "holds no images" in err  # statistics alone
+    assert result["feature_recall"] is None and "has no images" in err  # statistics alone
     result, _ = run(tmp_path / "a.npz", tmp_path / "b.npz", "--metrics", "fid")  # no network
     assert result["frechet_distance"] == pytest.approx(distance(a, b), rel=1e-5)
     result, _ = run(path / "a", path / "b.npz", "--num", 30, *flags)
     assert result["num_samples"] == 30
     assert result["frechet_distance"] == pytest.approx(distance(a[:30], b), rel=1e-5)
+
+
+def test_shards_of_a_training_cache(work, run, tmp_path):
+    """The decoded images that training keeps: read in order, across the borders of files."""
+    path, a, b = work
+    for k, first in enumerate(range(0, len(a), 16)):
+        np.save(tmp_path / f"{k:05d}.npy", a[first : first + 16].transpose(0, 3, 1, 2))
+    (tmp_path / ".00003.npy.1.tmp").write_bytes(b"unfinished")
+    images = fid.Folder(tmp_path)
+    assert images.num == 41
+    for first, stop in ((0, 41), (10, 40), (16, 32), (31, 33), (40, 41)):
+        np.testing.assert_array_equal(images.read(first, stop), a[first:stop])
+    flags = ("--features", path / "features.pt", "--metrics", "fid")
+    result, _ = run(path / "b.npz", tmp_path, *flags)
+    assert result["frechet_distance"] == pytest.approx(distance(b, a), rel=1e-5)
+
+
+def test_few_samples_and_other_resolutions_are_said(work, run, tmp_path):
+    path, a, _ = work
+    np.savez(tmp_path / "large.npz", a.repeat(2, 1).repeat(2, 2))
+    flags = ("--features", path / "features.pt", "--metrics", "fid")
+    _, err = run(path / "a", path / "b.npz", *flags)
+    assert err.count("\n") == 1 and "41 samples" in err
+    _, err = run(path / "a", tmp_path / "large.npz", *flags)
+    assert err.count("\n") == 2 and "resolution" in err
 
 
 def test_all_metrics_against_images_and_an_adm_reference(work, run, official, tmp_path):
@@ -337,8 +334,8 @@ def test_what_is_missing_is_null_with_a_reason(work, run, official, tmp_path):
         np.savez(tmp_path / "old.npz", mu=stats["mu"], sigma=stats["sigma"])
     result, err = run(path / "a", tmp_path / "old.npz", *official)
     assert result["sfid"] is None and result["precision"] is None and result["fid"] > 0
-    assert f"no sfid: {tmp_path / 'old.npz'} holds no mu_s and sigma_s" in err
-    assert f"no precision and recall: {tmp_path / 'old.npz'} holds no images" in err
+    assert f"no sfid: {tmp_path / 'old.npz'} has no mu_s and sigma_s" in err
+    assert f"no precision and recall: {tmp_path / 'old.npz'} has no images" in err
     result, err = run(tmp_path / "stats.npz", path / "b.npz", *official)
     assert result["inception_score"] is None and "no inception_score: " in err
 
@@ -351,7 +348,7 @@ def test_batch_size_and_processes_do_not_matter(work, run, official, tmp_path):
     program = tmp_path / "small.py"
     program.write_text(
         f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import fid, test_fid\nfid.load_inception = test_fid.use_small_inception\n"
+        "import fid, test_fid\nfid.InceptionV3 = test_fid.SmallInception\n"
         f"fid.WEIGHTS_SHA256 = {fid.WEIGHTS_SHA256!r}\nfid.main()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -367,22 +364,23 @@ def test_batch_size_and_processes_do_not_matter(work, run, official, tmp_path):
 
 
 BAD = {  # arguments, and what is said
-    "missing": ("absent b.npz", "absent is neither a folder nor a complete .npz file"),
-    "cut npz": ("cut.npz b.npz", "cut.npz is neither a folder nor a complete .npz file"),
-    "no images": ("empty b.npz", "empty holds neither images"),
-    "floats": ("float.npz b.npz", "must be uint8 (N, H, W, 3), not float32"),
-    "corrupt image": ("corrupt b.npz", "cannot read image corrupt/2.png"),
-    "sizes": ("sizes b.npz", "images of one set must have one size: sizes/1.png"),
-    "16 bits": ("deep b.npz", "cannot read image deep/0.png (it is not 8-bit"),
+    "missing": ("absent b.npz", "absent is neither a folder"),
+    "cut npz": ("cut.npz b.npz", "cut.npz is neither a folder"),
+    "no images": ("empty b.npz", "empty: 0 images"),
+    "floats": ("float.npz b.npz", "float.npz must be uint8"),
+    "corrupt image": ("corrupt b.npz", "corrupt/2.png"),
+    "sizes": ("sizes b.npz", "one size: sizes/1.png"),
+    "16 bits": ("deep b.npz", "deep/0.png (it is not 8-bit"),
+    "latents": ("latents b.npz", "latents/00000.npy"),
     "num": ("a b.npz --num 42", "--num 42, but a holds 41 images"),
-    "dimension": ("a dim5.npz --metrics fid", "feature dimension mismatch: 12 and 5"),
+    "dimension": ("a dim5.npz --metrics fid", "dimensions"),
+    "shape": ("flat.npz flat.npz --metrics fid", "dimensions"),
     "other features": ("a other.npz", "other.npz holds statistics of other features"),
-    "features": ("a b.npz --features weights.pth", "weights.pth is not a TorchScript module"),
+    "features": ("a b.npz --features weights.pth", "cannot load weights.pth"),
     "weights": ("a b.npz --inception weights.pth", "cannot load weights.pth"),
     "two networks": ("a b.npz --features features.pt --resize pytorch-fid", "leave out"),
     "no reference": ("a", "give either SAMPLES REFERENCE"),
-    "save over": ("a --save-stats a.npz", "give a new name that ends in .npz"),
-    "flag": ("a b.npz --sfid", "unrecognized arguments: --sfid"),
+    "save over": ("a --save-stats a.npz", "--save-stats a.npz: give a new name"),
 }
 
 
@@ -390,9 +388,10 @@ BAD = {  # arguments, and what is said
 def bad(work):
     path, a, _ = work
     image = Image.fromarray(a[0])
-    (path / "empty").mkdir()
-    for folder in ("corrupt", "sizes", "deep"):
+    for folder in ("empty", "latents", "corrupt", "sizes", "deep"):
         (path / folder).mkdir()
+    np.save(path / "latents" / "00000.npy", np.zeros((4, 2, 8, 2, 2), np.float16))
+    for folder in ("corrupt", "sizes", "deep"):
         for i in range(4):
             image.save(path / folder / f"{i}.png")
     (path / "corrupt" / "2.png").write_bytes(b"not a png")
@@ -401,6 +400,7 @@ def bad(work):
     (path / "cut.npz").write_bytes((path / "a.npz").read_bytes()[:3000])
     np.savez(path / "float.npz", a.astype(np.float32))
     np.savez(path / "dim5.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(path / "flat.npz", mu=np.zeros(5), sigma=np.ones(5))
     features = json.dumps({"file": "features.pt", "sha256": "0", "resize": None})
     np.savez(path / "other.npz", mu=np.zeros(12), sigma=np.eye(12), features=features)
     return path
