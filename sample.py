@@ -90,12 +90,14 @@ def load_network(args):
         raise UserError("--official needs --model, e.g. DiT-XL/2: heads are not in the weights")
     shape = models.parse_model(args.model)
     net, about = models.load_network(args.ckpt, args.weights, args.official, shape["num_heads"])
+    name = args.diffusion or {"dit": "ddpm", "maskdit": "edm"}.get(args.official, "flow")
+    diffusion = make_diffusion(name)
+    shape["learn_sigma"] = diffusion.learned_variance
     unlike = [f"{k} {net.config[k]}" for k in shape if net.config[k] != shape[k]]
     if unlike:
-        raise UserError(f"{args.ckpt} is not a {args.model}: it has {', '.join(unlike)}")
-    name = args.diffusion or {"dit": "ddpm", "maskdit": "edm"}.get(args.official, "flow")
+        raise UserError(f"{args.ckpt} is no {args.model} for {name}: it has {', '.join(unlike)}")
     about |= {"diffusion": name, "vae": "", "vae_scale": models.VAE_SCALE}
-    return net, make_diffusion(name), about
+    return net, diffusion, about
 
 
 def load_decoder(args, about):
@@ -207,10 +209,8 @@ def main(args):
     except ValueError as error:  # UserError, and those of Guided and times
         models.fail(error)
     if rank == 0:
-        text = json.dumps(protocol, indent=1).encode()
-        write_atomically(before, lambda file: file.write(text))
-    if args.png:
-        (args.out / "png").mkdir(parents=True, exist_ok=True)
+        write_atomically(before, lambda file: file.write(json.dumps(protocol, indent=1).encode()))
+    (args.out / "png" if args.png else args.out).mkdir(parents=True, exist_ok=True)
     net.to(device)
     vae = vae and vae.to(device)
     done = (args.out / "samples.npz").exists()

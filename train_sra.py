@@ -475,8 +475,8 @@ def main(method_cls, args):
         data.make_shards(device, rank, world)
     except UserError as error:
         models.fail(error)
-    except BlockingIOError:
-        models.fail(f"{out} is in use by another run: choose another --out")
+    except (BlockingIOError, FileExistsError, NotADirectoryError):
+        models.fail(f"--out {out} is in use by another run, or is a file: choose another")
     wrapped = method
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
