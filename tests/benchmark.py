@@ -1,11 +1,11 @@
-"""Training throughput, side by side in one run: vanilla against each method, and the bound that
-counting operations gives.
+"""Training throughput: vanilla against each method, and the bound from counting operations.
 
     # sizes for the machine: Ti/4 and S/4 on pixels on a CPU; B/2 and XL/2 on latents on CUDA
     python tests/benchmark.py
-    python tests/benchmark.py --models DiT-B/2 --batch-size 256 --compile on
     # operations, bytes and memory of a step of S/2, B/2 and XL/2, counted without running it
     python tests/benchmark.py --count
+    # reading of memory-mapped shards alone: latents of ImageNet-256's shape, and pixels
+    python tests/benchmark.py --reading
     # fid.py alone: its network against a plain loop, its Frechet distance against sqrtm
     python tests/benchmark.py --evaluation
 
@@ -13,10 +13,9 @@ For each row: images/s (median step), the ratio to the first row, the bound on t
 from multiply-adds (a teacher pass costs one forward of the blocks it runs, training three), peak
 memory, the slowest step over the median, and the share of a step outside the network's forward and
 backward: reading the images, clipping, AdamW, EMA. On CUDA also MFU against a bf16 matrix product
-measured in the same run. Steps of the rows alternate, so that a noisy machine disturbs all alike;
-only ratios within one run mean something. "plain" is vanilla as one would first write it: see
-PlainDiT. All rows have the same network: Self-Transcendence is without the qk-norm that is its
-default.
+measured in the same run. Steps of the rows alternate; only ratios within one run mean something.
+"plain" is vanilla as one would first write it: see PlainDiT. All rows have the same network:
+Self-Transcendence is without the qk-norm that is its default.
 """
 
 import argparse
@@ -97,9 +96,9 @@ def macs(network):
 
     seen = int(T * 0.8)  # of SD-DiT's student; its bridge is on all tokens
     head = 2048 * D + 2048**2 + 2048 * 256 + 256 * 8192  # per token
-    student = masked(seen) + (T - seen) * D * width + (seen + 1) * head
-    teacher_pass = embed + depth * block_macs(T + 1, D) + (seen + 1) * head
-    logits = (seen + 1) * 2 * 256 * 8192  # both are computed again in the backward pass
+    student = masked(seen) + (T - seen) * D * width + seen * head
+    teacher_pass = embed + depth * block_macs(T, D) + seen * head
+    logits = seen * 2 * 256 * 8192  # both are computed again in the backward pass
     residuals, layers = depth // 2 * 2 * T * D**2, min(10, depth)
     cosines = layers**2 * T * D  # of all pairs of blocks at all tokens
     hidden = 2048 if D >= 768 else 2 * D
@@ -124,9 +123,9 @@ def macs(network):
 def save_teacher(path, network, diffusion):
     """A checkpoint of that network, untrained, for stage 2 of Self-Transcendence."""
     model = DiT(**network)
-    content = {"model": model.state_dict(), "step": 0, "log": torch.zeros(0)}
-    content |= {part: {} for part in ("ema", "method", "optimizer")}
-    torch.save({**content, "args": {"network": model.config, "diffusion": diffusion}}, path)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    about = {"network": model.config, "diffusion": diffusion, "vae_hash": None, "label_drop": 0.1}
+    torch.save({"method": state, "optimizer": {}, "step": 0, "args": about}, path)
     return str(path)
 
 
@@ -176,7 +175,7 @@ class PlainDiT(nn.Module):
 
     def forward(self, x, t, y):
         x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)
         for block in self.blocks:
             x = block(x, c)
         shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, 2)
@@ -194,6 +193,14 @@ def make_method(name, network, args, more=()):
         method.model = PlainDiT(method.model)
         method.ema = PlainDiT(method.ema).requires_grad_(False)
     return method, parsed
+
+
+def pixels(side, cache):
+    """The built-in images, in shards below `cache`."""
+    parsed = train_sra.parse_args(["--image-size", str(side), "--cache", cache])
+    data = train_sra.Images(parsed, None)
+    data.make_shards("cpu", 0, 1)
+    return data
 
 
 class Row:
@@ -217,7 +224,7 @@ class Row:
         side, channels = network["input_size"], network["in_channels"]
         self.bf16 = device.type == "cuda"
         self.shape = (args.batch_size, channels, side, side)
-        self.data = train_sra.Images("shapes", side, 0, 1) if channels == 3 else None
+        self.data = pixels(side, args.cache) if channels == 3 else None
         self.classes = network["num_classes"]
 
     def now(self):
@@ -231,9 +238,9 @@ class Row:
         if self.data is None:
             y = torch.randint(self.classes, (n,))
             return torch.randn(self.shape, device=self.device), y.to(self.device)
-        indices = [(k * n + i) % len(self.data) for i in range(n)]
-        x0, y = train_sra.collate([self.data[index, False] for index in indices])
-        return x0.to(self.device).float() / 127.5 - 1, y.to(self.device)
+        keys = [((k * n + i) % len(self.data.files), False) for i in range(n)]
+        x0, y = self.data.read(keys, self.device.type == "cuda")
+        return self.data.prepare(x0.to(self.device)), y.to(self.device)
 
     def update(self, loss, k):
         """Clipping, AdamW and EMA."""
@@ -309,9 +316,8 @@ class Traffic(TorchDispatchMode):
 
 
 def counted(name, network, batch, args, checkpointing=False, more=()):
-    """A step in bf16 of tensors without content: FLOP (a product and a sum count as two; products
-    of attention that are computed again do not count), bytes moved by the forward and backward
-    pass, bytes moved by the rest, peak bytes.
+    """FLOP (2 a multiply-add; not those of attention that are computed again), bytes moved by the
+    forward and backward pass, by the rest, and peak bytes of a step in bf16, without running it.
     """
     shape = (batch, network["in_channels"], network["input_size"], network["input_size"])
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -394,10 +400,6 @@ def count(args):
                 print(line, flush=True)
 
 
-def median(values):
-    return sorted(values)[len(values) // 2]
-
-
 def matmul_rate(device):
     """Measured bf16 multiply-adds per second of an 8192^3 product."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -429,6 +431,33 @@ def peak_memory(*row):
     return (resident() - before) / 2**20
 
 
+def time_reading(title, data):
+    """Images/s of read_ahead, in random order and mirrored, from the system's cache of files."""
+    args = train_sra.parse_args(["--batch-size", "256", "--micro-batch", "256", "--flip"])
+    for first in (0, 40):  # a pass over the data each, the first one to fill the cache
+        args.steps = first + 40
+        keys = train_sra.micro_batches(len(data.files), args, 0, 1, first)
+        start = time.perf_counter()
+        sizes = [x.nbytes for x, _ in train_sra.read_ahead(data, keys, False)]
+        seconds = time.perf_counter() - start
+    print(f"{title}: {40 * 256 / seconds:7.0f} images/s, {sum(sizes) / 1e9 / seconds:.2f} GB/s")
+
+
+def compare_reading():
+    """Latents of ImageNet-256's shape, random ones, and built-in images, 10,000 of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = pixels(32, folder)
+        data.files = data.files[:10_000]
+        time_reading("pixels, uint8 (3, 32, 32)", data)
+        data.vae = True  # what it reads now are moments of images and their mirrors
+        rng = np.random.default_rng(0)
+        data.paths = [Path(folder, f"{k}.npy") for k in range(10)]
+        for path in data.paths:
+            np.save(path, rng.standard_normal((1024, 2, 8, 32, 32), np.float32).astype(np.float16))
+        data.make_shards("cpu", 0, 1)  # maps them
+        time_reading("latents, float16 (8, 32, 32)", data)
+
+
 def timed(function, *args):
     start = time.perf_counter()
     result = function(*args)  # on the CPU in the end, so that nothing is still running
@@ -453,8 +482,8 @@ def time_features(device):
 
     pairs = [(timed(features_of, plain), timed(features_of, ours)) for _ in range(6)]
     (_, expected), (_, features) = pairs[-1]
-    a = len(batch) / median([first for (first, _), _ in pairs[1:]])
-    b = len(batch) / median([second for _, (second, _) in pairs[1:]])
+    a = len(batch) / np.median([first for (first, _), _ in pairs[1:]])
+    b = len(batch) / np.median([second for _, (second, _) in pairs[1:]])
     error = ((features - expected).abs().max() / expected.abs().max()).item()
     line = f"Inception, 256 px: plain NCHW {a:.2f} images/s, fid.py {b:.2f}, ratio {b / a:.2f}"
     print(f"{line}; features differ by {error:.1e}")
@@ -468,14 +497,10 @@ def time_distance():
         x += rng.standard_normal((6000, 1)) * rng.uniform(0, 1, 2048)
         stats += [x.mean(0), np.cov(x, rowvar=False)]
     mu1, sigma1, mu2, sigma2 = stats
-
-    def literal():
-        root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
-        return ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root)
-
     ours = [timed(fid.frechet_distance, *stats) for _ in range(3)]
-    a, expected = timed(literal)
-    b, error = median([seconds for seconds, _ in ours]), abs(ours[0][1] / expected - 1)
+    a, root = timed(scipy.linalg.sqrtm, sigma1 @ sigma2)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2 - 2 * root.real)
+    b, error = np.median([seconds for seconds, _ in ours]), abs(ours[0][1] / expected - 1)
     line = f"Frechet distance, 2048-d: scipy's sqrtm {a:.2f} s, fid.py {b:.2f} s, ratio {a / b:.1f}"
     print(f"{line}; relative difference {error:.1e}")
 
@@ -493,6 +518,7 @@ def parse_args():
     add("--steps", type=int, default=30 if cuda else 9, help="timed steps of each row")
     add("--compile", choices=("off", "on", "both"), default="both" if cuda else "off")
     add("--count", action="store_true", help="count operations, bytes and memory of a step")
+    add("--reading", action="store_true", help="time the reading of shards instead of training")
     add("--evaluation", action="store_true", help="time fid.py instead of training")
     args = parser.parse_args()
     sizes = ["DiT-B/2", "DiT-XL/2"] if cuda else ["DiT-Ti/4", "DiT-S/4"]
@@ -505,7 +531,10 @@ def peak_memories(settings):
     if torch.cuda.is_available():
         return [peak_memory(*row) for row in settings]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return [pool.apply(peak_memory, row) for row in settings]
+        memory = [pool.apply(peak_memory, row) for row in settings]
+        pool.close()
+        pool.join()
+    return memory
 
 
 def compare(model, args, device, peak):
@@ -515,6 +544,9 @@ def compare(model, args, device, peak):
     modes = {"off": (False,), "on": (True,), "both": (False, True)}[args.compile]
     with tempfile.TemporaryDirectory() as folder:
         args.teacher = save_teacher(Path(folder, "teacher.pt"), network, args.diffusion)
+        args.cache = folder
+        if not peak:
+            pixels(args.input_size, folder)
         pairs = itertools.product(modes, args.methods)
         settings = [(name, network, compiled, args, device) for compiled, name in pairs]
         memory = peak_memories(settings)
@@ -523,26 +555,27 @@ def compare(model, args, device, peak):
         for row in rows:
             row.step(k)
     cost = macs(network)
-    first = args.batch_size / median(rows[0].times[3:])  # the first row is the yardstick
+    first = args.batch_size / np.median(rows[0].times[3:])  # the first row is the yardstick
     for row, gib in zip(rows, memory):
-        seconds, worst = median(row.times[3:]), max(row.times[3:])
+        seconds, worst = np.median(row.times[3:]), max(row.times[3:])
         rate, bound = args.batch_size / seconds, cost["vanilla"] / cost[row.name]
         line = f"{model:10} {row.name:10} {'on' if row.compiled else 'off':>7} {rate:9.1f}"
         line += f" {rate / first:6.3f} {bound:6.3f} {gib:6.2f} GiB"
-        line += f" {worst / seconds:6.2f} {100 * median(row.outside[3:]):7.1f}%"
+        line += f" {worst / seconds:6.2f} {100 * np.median(row.outside[3:]):7.1f}%"
         line += f" {100 * cost[row.name] * rate / peak:5.1f}%" if peak else ""
         print(line, flush=True)
-    seconds = {row.name: median(row.times[3:]) for row in rows if not row.compiled}
+    seconds = {row.name: np.median(row.times[3:]) for row in rows if not row.compiled}
     if {"mdt", "mdt r=0"} <= set(seconds):
         gain, bound = seconds["mdt r=0"] / seconds["mdt"], cost["mdt r=0"] / cost["mdt"]
-        line = f"{model:10} masking half of the tokens: {gain:.3f} times the images/s"
-        print(f"{line} of the same network unmasked; bound {bound:.3f}")
+        print(f"{model:10} masking half of the tokens: {gain:.3f} times as fast; bound {bound:.3f}")
 
 
 def main():
     args = parse_args()
     if args.count:
         return count(args)
+    if args.reading:
+        return compare_reading()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     if args.evaluation:
@@ -560,8 +593,6 @@ def main():
     for model in args.models:
         compare(model, args, device, peak)
         gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -86,12 +86,10 @@ class Golden:
         self.meta = CORE[case]
         arrays = np.load(GOLDENS / self.meta["file"])
         self.config = self.meta.get("config", {})
-        self.inputs = {}
-        for name, spec in self.meta["inputs"].items():
-            self.inputs[name] = torch.from_numpy(arrays[spec["key"]])
-        self.outputs = {}
-        for name, spec in self.meta["outputs"].items():
-            self.outputs[name] = torch.from_numpy(arrays[spec["key"]])
+        self.inputs, self.outputs = (
+            {name: torch.from_numpy(arrays[spec["key"]]) for name, spec in self.meta[kind].items()}
+            for kind in ("inputs", "outputs")
+        )
         self.checked = set()
 
     def weights(self, salt_key="salt"):
@@ -112,13 +110,8 @@ class Golden:
         expected = self.outputs[name]
         value = torch.as_tensor(value).detach()
         assert tuple(value.shape) == tuple(expected.shape), (name, value.shape, expected.shape)
-        close(
-            value.double(),
-            expected.double(),
-            rtol=tol["rtol"],
-            atol=tol["atol"],
-            msg=lambda m: f"{name}: {m}",
-        )
+        limits = {"rtol": tol["rtol"], "atol": tol["atol"]}
+        close(value.double(), expected.double(), **limits, msg=lambda m: f"{name}: {m}")
         self.checked.add(name)
 
     def all_checked(self, *but):
@@ -195,9 +188,8 @@ def tiny(**changes):
     """A network of four blocks, 3 x 8 x 8 images and ten classes."""
     from models import DiT
 
-    return fill(
-        DiT(**{**NETWORK, "hidden_size": 48, "depth": 4, "num_heads": 3, **changes}), "test"
-    )
+    own = {"hidden_size": 48, "depth": 4, "num_heads": 3}
+    return fill(DiT(**{**NETWORK, **own, **changes}), "test")
 
 
 def official_dit(**changes):
@@ -206,12 +198,12 @@ def official_dit(**changes):
     return tiny(**{**shape, **changes})
 
 
-def save_vae(path, seed=0, gain=1.0):
+def save_vae(path, seed=0, gain=1.0, levels=4, latent_channels=4):
     """Weights of a small VAE, 4 channels and 8 pixels a side; returns the network."""
     from models import AutoencoderKL
 
     torch.manual_seed(seed)
-    vae = AutoencoderKL(channels=(32, 32, 32, 32), layers=1)
+    vae = AutoencoderKL([32] * levels, 1, latent_channels)
     for parameter in vae.parameters():
         parameter.data.mul_(gain)
     torch.save(vae.state_dict(), path)
@@ -309,14 +301,14 @@ def train(out, *flags, script="train_sra", method=None):
     call(script, *flags, "--out", out, method=method)
 
 
-def terminate_after(step, script="train_sra"):
-    """A method that is sent SIGTERM during that 0-based step: the run stops after it and saves."""
+def terminate_after(step, script="train_sra", number=signal.SIGTERM):
+    """A method that is sent a signal during that 0-based step: the run stops soon, and saves."""
 
     class Interrupted(method_class(script)):
         def after_step(self, now, steps):
             super().after_step(now, steps)
             if now == step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
     return Interrupted
 
@@ -344,12 +336,24 @@ def one_line(capfd, script, *flags):
     return lines[0]
 
 
-def command(script, *flags, processes=1):
+def command(script, *flags, processes=1, launch=""):
     """A command line, under torchrun for several processes."""
-    launch = []
-    if processes > 1:
-        launch = words("-m torch.distributed.run --standalone --nproc_per_node", processes)
-    return [sys.executable, *launch, str(ROOT / f"{script}.py"), *words(*flags)]
+    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes} {launch}"
+    agent = torchrun.split() if processes > 1 else []
+    return [sys.executable, *agent, str(ROOT / f"{script}.py"), *words(*flags)]
+
+
+def start(script, *flags, processes=1, launch="", **popen):
+    """The script as a process that runs on, without its output."""
+    line = command(script, *flags, processes=processes, launch=launch)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
+    return subprocess.Popen(line, **quiet, **popen)
+
+
+def workers(agent):
+    """Processes that torchrun started, by number of the process."""
+    lists = [path.read_text() for path in Path(f"/proc/{agent.pid}/task").glob("*/children")]
+    return sorted(map(int, " ".join(lists).split()))
 
 
 def run(script, *flags, processes=1, code=0):
@@ -379,13 +383,8 @@ def free_port():
 def as_rank(rank, port, world=2):
     """Make this process one of a group, as torchrun does."""
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    own = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="127.0.0.1")
 
 
 @contextlib.contextmanager
@@ -429,8 +428,8 @@ def method_state(out, step):
 def change_average(out, step, change):
     """Apply a function to every tensor of the average in a checkpoint."""
     saved = checkpoint(out, step)
-    for name in [name for name in saved["method"] if name.startswith("ema.")]:
-        saved["method"][name] = change(saved["method"][name])
+    for name, tensor in saved["method"].items():
+        saved["method"][name] = change(tensor) if name.startswith("ema.") else tensor
     torch.save(saved, checkpoint_path(out, step))
 
 

@@ -1,180 +1,199 @@
-"""The latent cache, training on it, and sampling through the VAE."""
+"""Images and latents: the shards that are made once, training on them, and the VAE."""
 
 import json
-import os
-import signal
-import subprocess
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from conftest import (
-    TINY,
-    assert_same,
     assert_same_run,
     call,
     close,
-    command,
+    free_port,
     make_folder,
-    network_state,
     one_line,
-    run,
+    process_group,
     save_vae,
     terminate_after,
     train,
-    wait_for,
+    words,
 )
 from PIL import Image
 
 import sample
 import train_sra
-from models import VAE_SCALE, cache_latents, load_vae, to_uint8
-from train_sra import SRA, Images, collate
+from models import VAE_SCALE, load_vae, to_uint8
+from train_sra import SRA, Images, center_crop, parse_args
 
-SIZE = 32  # of the images; latents are 4 x 4
+KEYS = [(7, False), (0, True), (29, False), (7, True)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two VAEs, and 30 images of three classes."""
-    folder = tmp_path_factory.mktemp("latents")
-    for name, seed in (("vae", 0), ("other", 1)):
-        save_vae(folder / f"{name}.bin", seed, gain=1.5)
-    make_folder(folder / "data", ("ant", "bee", "cat"), each=10, size=40)
-    return folder
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(train_sra, "SHARD", 8)
 
 
 @pytest.fixture(scope="module")
-def cache(folder):
-    vae, digest = load_vae(folder / "vae.bin")
-    return cache_latents(folder / "cache", images_of(folder), vae, digest, collate, 0)
+def things(tmp_path_factory):
+    """30 images of three classes, and VAEs: one, its twin with another decoder, another one."""
+    here = tmp_path_factory.mktemp("things")
+    make_folder(here / "data", ("cat", "ant", "bee"), each=10, size=40)
+    state = save_vae(here / "vae.bin", seed=0, gain=1.5).state_dict()
+    other = save_vae(here / "other.bin", seed=1, gain=1.5).state_dict()
+    decoder = {k: v for k, v in other.items() if k.startswith(("decoder", "post_quant"))}
+    torch.save({**state, **decoder}, here / "twin.bin")
+    return here
 
 
-def images_of(folder):
-    return Images(str(folder / "data"), SIZE, 0, 1)
+def open_images(things, cache, *flags, vae=None):
+    """The data set, not made yet; 32 x 32 pixels unless the flags say otherwise."""
+    paths = f"--data {things / 'data'} --cache {cache} --image-size 32"
+    return Images(parse_args(words(paths, *flags)), load_vae(things / vae) if vae else None)
 
 
-def flags(folder, tmp_path, vae="vae.bin"):
-    data = f"--data {folder / 'data'} --image-size {SIZE} --model DiT-Ti/2 --batch-size 6"
-    return f"{data} --vae {folder / vae} --latents {tmp_path / 'c.latents'}"
+def made(data, rank=0, world=1):
+    data.make_shards(torch.device("cpu"), rank, world)
+    return data
 
 
-def test_moments_of_every_image_and_its_mirror(folder, cache):
-    images, (vae, _) = images_of(folder), load_vae(folder / "vae.bin")
-    keys = [(7, False), (0, True), (29, False), (7, True)]
-    moments, labels = cache.__getitems__(keys)
-    assert moments.dtype == torch.float16 and moments.shape == (4, 8, 4, 4)
-    assert labels.tolist() == [images[key][1] for key in keys]
-    for key, stored in zip(keys, moments):
-        pixels = images[key][0][None].float() / 127.5 - 1  # mirrored already
-        expected = torch.cat(vae.encode(pixels), 1)[0]
-        close(stored.float(), expected, rtol=2e-3, atol=2e-3)
+def contents(cache):
+    return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.npy"))}
+
+
+def latent_flags(things, tmp_path, vae="vae.bin"):
+    data = f"--data {things / 'data'} --image-size 32 --cache {tmp_path / 'cache'}"
+    return f"{data} --model DiT-Ti/2 --batch-size 6 --vae {things / vae}"
+
+
+def test_pixels_and_moments_are_those_of_the_cropped_file_and_its_mirror(things, tmp_path):
+    data = made(open_images(things, tmp_path))
+    pixels, labels = data.read(KEYS, False)
+    assert data.classes == ["ant", "bee", "cat"] and labels.tolist() == [0, 0, 2, 0]
+    for (index, flip), image in zip(KEYS, pixels, strict=True):
+        expected = np.asarray(center_crop(Image.open(things / "data" / data.files[index]), 32))
+        assert np.array_equal(image.permute(1, 2, 0), expected[:, ::-1] if flip else expected)
+    x = data.prepare(pixels)
+    assert torch.equal(x, pixels / 127.5 - 1) and x.shape[1:] == data.shape == (3, 32, 32)
+    data = made(open_images(things, tmp_path, vae="vae.bin"))
+    moments, _ = data.read(KEYS, False)
+    assert moments.dtype == torch.float16 and data.shape == (4, 4, 4)
+    close(moments.float(), torch.cat(data.vae.encode(x), 1), rtol=2e-3, atol=2e-3)
     assert not torch.equal(moments[0], moments[3])
 
 
-def test_posterior_samples_are_fresh_scaled_and_of_the_right_spread(cache):
-    moments = torch.zeros(2000, 8, 4, 4, dtype=torch.float16)
-    moments[:, :4] = 3.0
+def test_posterior_samples_are_fresh_scaled_and_of_the_right_spread(things, tmp_path):
+    data = open_images(things, tmp_path, vae="vae.bin")
+    moments = torch.full((2000, 8, 4, 4), 3.0, dtype=torch.float16)
     moments[:, 4:] = -2.0
     torch.manual_seed(0)
-    z = cache.prepare(moments)
+    z = data.prepare(moments)
     assert z.shape == (2000, 4, 4, 4) and z.dtype == torch.float32
     assert abs(z.mean() / VAE_SCALE - 3) < 0.01 and abs(z.std() / VAE_SCALE - np.exp(-1)) < 0.01
-    assert not torch.equal(cache.prepare(moments), z)
+    assert not torch.equal(data.prepare(moments), z)
+
+
+@pytest.mark.parametrize("vae", [None, "vae.bin"], ids=["pixels", "latents"])
+def test_what_is_missing_alone_is_made_again(things, tmp_path, vae):
+    data = made(open_images(things, tmp_path, vae=vae))
+    before = contents(tmp_path)
+    times = [path.stat().st_mtime_ns for path in data.paths]
+    assert len(before) == 4
+    data.paths[2].unlink()
+    again = made(open_images(things, tmp_path, vae=vae))
+    changed = [path.stat().st_mtime_ns != t for path, t in zip(again.paths, times)]
+    assert changed == [False, False, True, False] and contents(tmp_path) == before
+
+
+def make_as_rank(rank, port, things, cache, vae):
+    train_sra.SHARD = 8
+    with process_group(rank, port):
+        made(open_images(things, cache, vae=vae), rank, 2)
+
+
+@pytest.mark.parametrize("vae", [None, "vae.bin"], ids=["pixels", "latents"])
+def test_two_processes_make_the_same_shards(things, tmp_path, vae):
+    made(open_images(things, tmp_path / "one", vae=vae))
+    mp.spawn(make_as_rank, (free_port(), things, tmp_path / "two", vae), nprocs=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_other_data_have_another_folder(things, tmp_path):
+    """Another size, encoder or file; two VAEs that differ in the decoder alone share theirs."""
+    root = make_folder(tmp_path / "data", ("ant", "bee"), size=40).parent
+    for name in ("vae.bin", "twin.bin", "other.bin"):
+        (root / name).symlink_to(things / name)
+    folders = []
+    for options in ({}, {"vae": "vae.bin"}, {"vae": "other.bin"}):
+        folders.append(open_images(root, root, **options).paths[0].parent)
+    folders.append(open_images(root, root, "--image-size 16").paths[0].parent)
+    twin = open_images(root, root, vae="twin.bin").paths[0].parent
+    with open(root / "data" / "ant" / "1.png", "ab") as file:
+        file.write(b"changed")
+    folders.append(open_images(root, root).paths[0].parent)
+    assert twin == folders[1] and len(set(folders)) == 5
+
+
+def test_what_counts_as_an_image(tmp_path):
+    """Hidden names do not, links do; alpha is left out, palettes are looked up, EXIF is ignored."""
+    folder = make_folder(tmp_path / "data", ("ant", ".hidden"), each=1, size=16) / "ant"
+    (folder / "0.png").rename(folder / "._0.png")
+    (folder / "notes.txt").write_text("no image")
+    rng = np.random.default_rng(0)
+    rgba = rng.integers(0, 256, (16, 16, 4), np.uint8)
+    palette, index = rng.integers(0, 256, (4, 3), np.uint8), rng.integers(0, 4, (16, 16), np.uint8)
+    indexed = Image.fromarray(index, "L")
+    indexed.putpalette(palette.tobytes())
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rgba).save(folder / "alpha.png")
+    (folder / "deep" / "er").mkdir(parents=True)
+    Image.fromarray(rgba[:, :, :3]).save(folder / "deep" / "er" / "exif.PNG", exif=turned)
+    (folder / "link.webp").symlink_to("alpha.png")
+    indexed.save(folder / "palette.png")
+    data = made(open_images(tmp_path, tmp_path, "--image-size 16"))
+    names = ("alpha.png", "deep/er/exif.PNG", "link.webp", "palette.png")
+    assert data.files == [f"ant/{name}" for name in names] and data.classes == ["ant"]
+    x, _ = data.read([(k, False) for k in range(4)], False)
+    for image, expected in zip(x, (*[rgba[:, :, :3]] * 3, palette[index])):
+        assert np.array_equal(image.permute(1, 2, 0), expected)
 
 
 @pytest.mark.parametrize("script", ["train_sra", "train_mdt"])
-def test_training_on_latents_resumes_bitwise_and_samples(folder, tmp_path, script):
+def test_training_on_latents_resumes_bitwise_and_samples(things, tmp_path, script, capfd):
     """sample.py finds the VAE by itself; its images are its decoded latents."""
-    options = f"{flags(folder, tmp_path)} --steps 6"
+    options = f"{latent_flags(things, tmp_path)} --steps 6"
     train(tmp_path / "a", options, script=script)
     train(tmp_path / "b", options, script=script, method=terminate_after(2, script))
     train(tmp_path / "b", options, script=script)
     assert_same_run(tmp_path / "a", tmp_path / "b", 6)
-    grid = Image.open(tmp_path / "a" / "samples" / "0000006.png")
-    assert grid.size == (3 * SIZE, 4 * SIZE)
+    assert Image.open(tmp_path / "a" / "samples" / "0000006.png").size == (3 * 32, 4 * 32)
     draw = f"--ckpt {tmp_path / 'a'} --num 5 --steps 2 --batch-size 3"
-    call("sample", draw, "--out", tmp_path / "images")
-    call("sample", draw, "--latents --out", tmp_path / "stored")
-    images = np.load(tmp_path / "images" / "samples.npz")["arr_0"]
-    latents = np.load(tmp_path / "stored" / "samples.npz")["arr_0"]
-    assert images.shape == (5, SIZE, SIZE, 3) and latents.shape == (5, 4, 4, 4)
-    vae, digest = load_vae(folder / "vae.bin")
-    decoded = to_uint8(vae.decode(torch.from_numpy(latents) / VAE_SCALE)).numpy()
-    assert np.abs(decoded.astype(int) - images).max() <= 1
-    protocol = json.loads((tmp_path / "images" / "protocol.json").read_text())
-    assert protocol["vae"] == digest
+    call("sample", draw, "--latents --out", tmp_path / "raw")
+    latents = torch.from_numpy(np.load(tmp_path / "raw" / "samples.npz")["arr_0"])
+    for name, more in (("vae", ""), ("twin", f"--vae {things / 'twin.bin'}")):
+        call("sample", draw, more, "--out", tmp_path / name)
+        vae = load_vae(things / f"{name}.bin")
+        decoded = to_uint8(vae.decode(latents / VAE_SCALE)).numpy()
+        found = np.load(tmp_path / name / "samples.npz")["arr_0"]
+        assert found.shape == (5, 32, 32, 3) and np.abs(decoded.astype(int) - found).max() <= 1
+        protocol = json.loads((tmp_path / name / "protocol.json").read_text())
+        assert protocol["decoder_sha256"] == vae.digest("decoder")
+    other = f"--vae {things / 'other.bin'} --out {tmp_path / 'other'}"
+    assert "encoder" in one_line(capfd, "sample", draw, other)
 
 
-def test_the_loop_trains_on_fresh_samples(folder, tmp_path):
-    """Two epochs of the whole set without flips: other latents of the same images."""
-    seen = []
-
-    class Records(SRA):
-        def forward(self, x0, y):
-            seen.append(x0)
-            return super().forward(x0, y)
-
-    options = f"{flags(folder, tmp_path)} --batch-size 30 --no-flip --steps 2"
-    train(tmp_path / "a", options, method=Records)
-    assert seen[0].shape == (30, 4, 4, 4) and seen[0].abs().max() < 20 * VAE_SCALE
-    first, second = (x0.sum((0, 2, 3)) for x0 in seen)
-    assert not torch.allclose(first, second, rtol=1e-5, atol=1e-5)
-
-
-def test_latents_are_not_clipped(folder, tmp_path, monkeypatch):
-    """DDPM clips pixels while sampling, never latents."""
-    clips = []
-    make = train_sra.make_diffusion
-
-    def recorded(name, clip):
-        clips.append(clip)
-        return make(name, clip)
-
-    monkeypatch.setattr(train_sra, "make_diffusion", recorded)
-    monkeypatch.setattr(sample, "make_diffusion", recorded)
-    train(tmp_path / "a", flags(folder, tmp_path), "--diffusion ddpm --steps 1")
-    call("sample", f"--ckpt {tmp_path / 'a'} --num 1 --steps 1 --out {tmp_path / 'images'}")
-    assert clips == [False, False]
-
-
-def test_another_vae_is_refused(folder, tmp_path, capfd):
-    """On resuming, for the start of a second stage, and for sampling."""
-    train(tmp_path / "a", flags(folder, tmp_path), "--steps 1", script="train_mdt")
-    other = flags(folder, tmp_path, "other.bin").replace("c.latents", "d.latents")
-    error = one_line(capfd, "train_mdt", other, "--steps 1 --out", tmp_path / "a")
-    assert "VAE" in error
-    start = f"--init-from {tmp_path / 'a' / 'checkpoints' / '0000001.pt'} --out {tmp_path / 'b'}"
-    assert "VAE" in one_line(capfd, "train_mdt", other, start)
-    draw = f"--ckpt {tmp_path / 'a'} --num 2 --steps 2 --out {tmp_path / 'images'}"
-    assert "VAE" in one_line(capfd, "sample", draw, "--vae", folder / "other.bin")
-
-
-def test_two_processes_killed_while_encoding(folder, tmp_path):
-    """The same command finishes the cache, and trains as if nothing had happened."""
-    make_folder(tmp_path / "data", each=300, size=SIZE)
-    options = f"{TINY} --data {tmp_path / 'data'} --image-size {SIZE} --model DiT-Ti/2"
-    options = f"{options} --vae {folder / 'vae.bin'} --steps 2"
-    before = set(tmp_path.rglob("*"))
-    process = subprocess.Popen(
-        command("train_sra", options, "--out", tmp_path / "run", processes=2),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-    def encoding():
-        new = [p for p in set(tmp_path.rglob("*")) - before if p.is_file() and p.name != "lock"]
-        return any(path.stat().st_size for path in new)
-
-    assert wait_for(encoding, process)
-    children = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    for line in children.splitlines():
-        if f"--out {tmp_path / 'run'}" in line:
-            os.kill(int(line.split()[0]), signal.SIGKILL)
-    process.wait()
-    run("train_sra", options, "--out", tmp_path / "run", processes=2)
-    again = options.replace(str(tmp_path / "data"), str(tmp_path / "again"))
-    make_folder(tmp_path / "again", each=300, size=SIZE)
-    run("train_sra", again, "--out", tmp_path / "whole", processes=2)
-    assert_same(network_state(tmp_path / "run", 2), network_state(tmp_path / "whole", 2))
+def test_any_vae_of_the_family_will_do(tmp_path):
+    """Three latent channels, four pixels a side. DDPM clips pixels in sampling, never latents."""
+    save_vae(tmp_path / "vae.bin", levels=3, latent_channels=3)
+    make_folder(tmp_path / "data", size=24)
+    flags = words(latent_flags(tmp_path, tmp_path), "--steps 2 --diffusion ddpm")
+    train(tmp_path / "run", *flags)
+    draw = f"--ckpt {tmp_path / 'run'} --num 2 --steps 2 --out"
+    call("sample", draw, tmp_path / "images")
+    call("sample", draw, tmp_path / "raw", "--latents")
+    assert np.load(tmp_path / "images" / "samples.npz")["arr_0"].shape == (2, 32, 32, 3)
+    assert np.load(tmp_path / "raw" / "samples.npz")["arr_0"].shape == (2, 3, 8, 8)
+    _, while_training, _, _ = train_sra.build(SRA, parse_args(flags), torch.device("cpu"), 1)
+    _, later, _ = sample.load_network(sample.parse_args(words(draw, tmp_path)))
+    assert not while_training.clip and not later.clip

@@ -29,9 +29,6 @@ def replay(noises):
     return iter(noises).__next__
 
 
-# Official reference values
-
-
 def test_sit_transport(golden):
     """SiT's code has t = 0 at noise: our t is 1 - t, our velocity -u."""
     g = golden("sit_transport")
@@ -126,10 +123,6 @@ def test_edm_sampler(golden):
     g.all_checked()
 
 
-def statistics(v):
-    return torch.stack([v.sum(), v.mean(), v.std(correction=0), v.min(), v.max()])
-
-
 def test_ddpm(golden):
     g = golden("ddpm")
     i, ddpm = g.inputs, DDPM()
@@ -147,7 +140,8 @@ def test_ddpm(golden):
     }
     for name, table in tables.items():
         g.check(f"{name}_at", table[i["idx"]])
-        g.check(f"{name}_stat", statistics(table))
+        statistics = [table.sum(), table.mean(), table.std(correction=0), table.min(), table.max()]
+        g.check(f"{name}_stat", torch.stack(statistics))
     g.check("space_1000_250", ddpm.times(250)[:-1].flip(0))
     g.check("space_1000_ddim50", DDPM(strided=True).times(50)[:-1].flip(0))
 
@@ -229,9 +223,7 @@ def exact_net(diffusion, mixture):
             abar = diffusion.abar(t)
             D = mixture.denoise(x_in.flatten(1), abar.sqrt(), (1 - abar).sqrt()).view_as(x_in)
             eps = (x_in - abar.sqrt() * D) / (1 - abar).sqrt()
-            return torch.cat(
-                [eps, torch.ones_like(eps)], 1
-            )  # variance: beta, right for many small steps
+            return torch.cat([eps, torch.ones_like(eps)], 1)  # variance: beta, for small steps
         a, s, da, ds = diffusion.coefficients(t.double())
         D = mixture.denoise(x_in.flatten(1), a, s).view_as(x_in)
         return da * D + ds * (x_in - a * D) / s
@@ -239,34 +231,19 @@ def exact_net(diffusion, mixture):
     return net
 
 
-SOLVERS = [
-    # diffusion, solver, steps; Euler needs more
-    (Flow(), "heun", 60),
-    (Flow(), "euler", 500),
-    (Flow("gvp"), "heun", 60),
-    (Flow("gvp"), "euler", 500),
-    (EDM(), "heun", 40),
-    (EDM(), "euler", 500),
-    (DDPM(), "heun", 100),
-    (DDPM(), "euler", 1000),
-    (Flow(), "sde", 500),
-    (Flow("gvp"), "sde", 500),
-    (EDM(), "sde", 60),
-    (DDPM(), "sde", 1000),
-]
+SOLVERS = """flow heun 60, flow euler 500, gvp heun 60, gvp euler 500, edm heun 40, edm euler 500,
+ddpm heun 100, ddpm euler 1000, flow sde 500, gvp sde 500, edm sde 60, ddpm sde 1000"""
 
 
-@pytest.mark.parametrize(
-    "diffusion,solver,steps",
-    SOLVERS,
-    ids=[f"{type(p).__name__}-{getattr(p, 'path', '')}-{s}" for p, s, _ in SOLVERS],
-)
-def test_every_solver_lands_on_a_gaussian_mixture(diffusion, solver, steps):
+@pytest.mark.parametrize("case", SOLVERS.replace("\n", " ").split(", "))
+def test_every_solver_lands_on_a_gaussian_mixture(case):
     """The exact denoiser of a mixture must be sampled back to its mean and covariance.
 
     ODE: 4,096 quasi-random starting points. SDE: 10,000, whose own sampling error is about 0.005.
     Flow's SDE ends with a noise-free step from 0.04 (REPA), which leaves a variance of 0.0016.
     """
+    name, solver, steps = case.split()
+    diffusion, steps = make_diffusion(name), int(steps)
     mixture, n = Mixture(), 10000 if solver == "sde" else 4096
     generator = torch.Generator().manual_seed(0)
     uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(n, dtype=torch.float64)
@@ -324,16 +301,6 @@ def test_edm_weight_times_c_out_squared_is_one():
     close(edm.loss(out, x0, noise, sigma).double(), literal, rtol=2e-5, atol=1e-5)
 
 
-def test_training_times():
-    torch.manual_seed(0)
-    t = Flow().draw_t(100_000, "cpu")
-    assert 0 <= t.min() and t.max() < 1 and abs(t.mean() - 0.5) < 0.005
-    log_sigma = EDM().draw_t(100_000, "cpu").log()
-    assert abs(log_sigma.mean() + 1.2) < 0.02 and abs(log_sigma.std() - 1.2) < 0.02
-    t = DDPM().draw_t(100_000, "cpu")
-    assert t.dtype == torch.int64 and t.min() == 0 and t.max() == 999
-
-
 # Guidance and draws
 
 
@@ -356,17 +323,9 @@ def test_guidance_costs_one_forward_at_scale_one_and_outside_the_interval():
     assert sizes == [3, 3, 3, 3, 3, 6, 6, 6, 3, 3]
 
 
-@pytest.mark.parametrize(
-    "scale, channels, message",
-    [
-        (0.999, None, "below 1"),
-        (-1.0, None, "below 1"),
-        (math.nan, None, "below 1"),
-        (2.0, 0, "at least 1"),
-    ],
-)
-def test_impossible_guidance_is_refused(scale, channels, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("scale, channels", [(0.999, None), (-1.0, None), (math.nan, None), (2, 0)])
+def test_impossible_guidance_is_refused(scale, channels):
+    with pytest.raises(ValueError):
         Guided(None, scale, 10, channels=channels)
 
 

@@ -1,16 +1,21 @@
 """train_diversedit.py and the long residuals against the official code, and their own rules."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from conftest import EVAL, NETWORK, assert_gradients, assert_plain, close, fill, words
 
-import models
 import train_sra
 from diffusion import make_diffusion
-from models import Block, DiT, build_model, load_official, modulate, position_embedding
+from models import (
+    Block,
+    DiT,
+    UserError,
+    build_model,
+    load_official,
+    modulate,
+    position_embedding,
+)
 from train_diversedit import (
     DiverseDiT,
     adaptive_weight,
@@ -93,74 +98,12 @@ def test_anchor_pairs_of_the_released_code(name):
     anchor = max(0, 10 - int(d)) if projection == "True" else 1
     expected = LOSS["pairs_zero_based"][name]
     if name in BROKEN:
-        with pytest.raises(ValueError, match="--anchor-block"):
+        with pytest.raises(UserError, match="--anchor-block"):
             small(f"--pairs anchor --anchor-block {anchor} --long-residual none", depth=depth)
         return
     if name == "L=4,d=8,projection=True":  # wraps round after two pairs; ours goes on
         expected = [*expected[:2], [2, 3]]
     assert [[i - 1, j - 1] for i, j in block_pairs(depth, "anchor", anchor)] == expected
-
-
-def literal_terms(features, pairs):
-    """The same formulas, pair by pair and token by token, in float64."""
-    features = features.double()
-
-    def cosine(a, b):
-        return (a @ b / (a.norm() * b.norm())).item()
-
-    orth, mi = [], []
-    for i, j in pairs:
-        a, b = features[i - 1].flatten(0, 1), features[j - 1].flatten(0, 1)
-        orth.append(cosine(a.mean(0), b.mean(0)))
-        mi.append(abs(np.mean([cosine(x, y) for x, y in zip(a, b)])))
-    activity = []
-    for d in range(features.shape[3]):
-        columns = [f[:, :, d].flatten() for f in features]
-        activity.append(np.mean([(c.abs() / c.norm()).mean().item() for c in columns]))
-    activity = np.array(activity) / max(activity)
-    return np.mean(orth), np.mean(mi), -min(1, activity.var() / 0.25)
-
-
-def test_terms_equal_a_literal_version_and_run_in_fp32():
-    torch.manual_seed(0)
-    features = torch.randn(4, 2, 3, 8) + 0.7 * torch.randn(1, 2, 3, 8)
-    features[:, :, 1:, ::2] *= 0.01
-    pairs = block_pairs(4, "all", 1)
-    terms = diversity_terms(features, pair_mask(4, pairs))
-    np.testing.assert_allclose([v.item() for v in terms], literal_terms(features, pairs), rtol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        again = diversity_terms(features, pair_mask(4, pairs))
-    assert all(torch.equal(a, b) for a, b in zip(again, terms))
-
-
-def test_value_of_the_loss_is_bounded():
-    """Between -2/3 and 2/3: orth may be -1, mi is never negative, disp is at least -1."""
-    torch.manual_seed(0)
-    same = torch.randn(1, 2, 4, 8).expand(3, -1, -1, -1)
-    orth, mi, disp = diversity_terms(same, pair_mask(3, block_pairs(3, "all", 1)))
-    assert abs(orth - 1) < 1e-6 and abs(mi - 1) < 1e-6 and -1 <= disp <= 0
-    opposite = torch.stack([same[0], -same[0]])
-    orth, mi, _ = diversity_terms(opposite, pair_mask(2, [(1, 2)]))
-    assert abs(orth + 1) < 1e-6 and abs(mi - 1) < 1e-6
-    peaky = torch.zeros(2, 2, 5000, 2)  # one channel constant, one a single spike
-    peaky[..., 0] = 1.0
-    peaky[:, 0, 0, 1] = 1.0
-    assert diversity_terms(peaky, pair_mask(2, [(1, 2)]))[2] < -0.9
-
-
-@pytest.mark.parametrize(
-    "value, weight, factor",
-    [(0.05, 0, 0), (0.1, 0, 0), (0.3, 0.4, 1.0), (0.4999, 0.7998, 1.7996), (0.6, 1, 1)],
-)
-def test_adaptive_weight(value, weight, factor):
-    """(L - 0.1) / 0.5 in the middle; the gradient of w L is 4 L - 0.2, detached 2 L - 0.2."""
-    L = torch.tensor(value, requires_grad=True)
-    w = adaptive_weight(L, 0.1, 0.5)
-    assert abs(w.item() - weight) < 1e-5
-    gradient = torch.autograd.grad(w * L, L)[0].item()
-    assert gradient == 0 if factor == 0 else abs(gradient - factor) < 1e-4
-    detached = torch.autograd.grad(adaptive_weight(L, 0.1, 0.5).detach() * L, L)[0]
-    assert abs(detached.item() - weight) < 1e-5
 
 
 # Long residuals
@@ -210,57 +153,18 @@ def test_long_residuals_after_the_block_and_released_checkpoints(eval_golden, tm
     check_forward(g, model)
 
 
-@pytest.mark.parametrize(
-    "wiring, sources", [("pre", [5, 4, 3, 2, 1, 0]), ("post", [6, 5, 4, 3, 2, 1])]
-)
-def test_which_blocks_meet(wiring, sources, monkeypatch):
-    """Before (after) blocks 7 to 12 the output of these early blocks comes in.
-
-    Blocks start as the identity; here block k adds k, so that what is fused tells its source.
-    """
-    model, ran, fused = DiT(**SHAPE, long_residual=wiring), [], []
-
-    def add_number(module, inputs, output):
-        ran.append(1)
-        return output + len(ran)
-
-    def layer_norm(x, shape, *_, eps=None):  # the identity
-        if shape == (64,):
-            fused.append((len(ran), x[:, :, 32:]))
-        return x
-
-    for block in model.blocks:
-        block.register_forward_hook(add_number)
-    monkeypatch.setattr(models.F, "layer_norm", layer_norm)
-    embedded = model.embed(torch.randn(1, 3, 8, 8))
-    list(model.streams(embedded, model.condition(torch.tensor([0.5]), torch.tensor([3]))))
-    assert [done + (wiring == "pre") for done, _ in fused] == [7, 8, 9, 10, 11, 12]
-    added = [round((early - embedded).mean().item()) for _, early in fused]
-    assert added == [i * (i + 1) // 2 for i in sources]
-
-
 @pytest.mark.parametrize("wiring", ["pre", "post"])
 def test_size_start_and_config(wiring):
     """(L/2)(2 D^2 + 5 D) more parameters; zero output at first; the wiring is in the config."""
-    torch.manual_seed(0)
     plain, model = DiT(**SHAPE), DiT(**SHAPE, long_residual=wiring)
     count = [sum(p.numel() for p in m.parameters()) for m in (plain, model)]
     assert count[1] - count[0] == 6 * (2 * 32**2 + 5 * 32)
     x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([1, 10])
     assert (model(x, t, y) == 0).all()
-    assert "long_residual" not in plain.config and model.config["long_residual"] == wiring
     again = build_model(model.config)
     assert again.long_residual == wiring and set(again.state_dict()) == set(model.state_dict())
-    bound = math.sqrt(6 / 96)  # Xavier of (64 -> 32), no identity
-    linear = model.skip_linears[0]["linear"]
-    assert bound * 0.98 < linear.weight.abs().max() <= bound and (linear.bias == 0).all()
-
-
-def test_impossible_long_residuals_are_refused():
-    with pytest.raises(ValueError, match="even number of blocks, not 3"):
-        DiT(**NETWORK, long_residual="pre")
-    with pytest.raises(ValueError, match="choose none, pre or post"):
-        DiT(**SHAPE, long_residual="middle")
+    with pytest.raises(UserError, match="even"):
+        DiT(**NETWORK, long_residual=wiring)
 
 
 def test_long_residual_norm_is_fp32_under_autocast():
@@ -299,16 +203,6 @@ def draws():
     return x0, torch.tensor([0, 3, 9, 1]), fixed
 
 
-def test_at_the_start_identical_blocks_are_alike():
-    """Without long residuals orth = MI = 1 and w = 1; with them the second half starts apart."""
-    x0, y, fixed = draws()
-    terms = small("--long-residual none")(x0, y, **fixed)
-    assert abs(terms["orth"] - 1) < 1e-5 and abs(terms["mi"] - 1) < 1e-5 and terms["weight"] == 1
-    assert -1 <= terms["disp"] <= 0
-    apart = small("--pairs all")(x0, y, **fixed)
-    assert apart["mi"] < 0.5 and apart["weight"] < 0.5
-
-
 @pytest.mark.parametrize("wiring", ["pre", "post", "none"])
 def test_total_is_denoising_and_weighted_diversity(wiring):
     x0, y, fixed = draws()
@@ -337,12 +231,6 @@ def test_detached_weight_changes_gradients_only():
     close(gradients[0], 2 * gradients[1], rtol=1e-4, atol=1e-8)
 
 
-def test_term_weights():
-    x0, y, fixed = draws()
-    terms = small("--term-weights 0.5 0.2 0", recipe=True)(x0, y, **fixed)
-    assert torch.isclose(terms["diversity"], 0.5 * terms["orth"] + 0.2 * terms["mi"])
-
-
 def test_random_layers():
     """Ten distinct blocks of twelve, new in every step, by the seed, the same on every rank."""
     method, other, seen = small(), small("--seed 1"), []
@@ -352,25 +240,24 @@ def test_random_layers():
         torch.rand(1)  # other draws, as on another rank, do not matter
         assert chosen == method.choose_layers() == sorted(set(chosen)) and len(chosen) == 10
         seen.append((tuple(chosen), tuple(other.choose_layers())))
-    counts = np.bincount([k for chosen, _ in seen for k in chosen], minlength=13)
     assert len({a for a, _ in seen}) > 40 and any(a != b for a, b in seen)
-    assert len(counts) == 13 and counts[0] == 0
-    assert counts[1:].min() > 140 and counts[1:].max() < 190  # 200 * 10 / 12 = 167 each
+    counts = np.bincount([k for chosen, _ in seen for k in chosen], minlength=13)
+    assert counts[1:].min() > 140 and counts.max() < 190 and len(counts) == 13  # 167 each
     assert list(small(depth=6).choose_layers()) == [1, 2, 3, 4, 5, 6]
-    assert len(small("--pair-layers 3").choose_layers()) == 3
 
 
 def test_the_loss_looks_at_the_chosen_layers():
-    method = small("--pair-layers 3", recipe=True)
+    method = small("--pair-layers 3 --term-weights 0.5 0.2 0", recipe=True)
     x0, y, fixed = draws()
-    terms = method(x0, y, layers=(2, 5, 11), **fixed)
     x_t = method.diffusion.add_noise(x0, fixed["noise"], fixed["t"])
     inputs = method.diffusion.net_inputs(x_t, fixed["t"])
     _, features = method.model(*inputs, torch.tensor([0, 10, 9, 1]), features=(2, 5, 11))
-    chosen = torch.stack([features[k] for k in (2, 5, 11)]).detach()
-    expected = literal_terms(chosen, block_pairs(3, "all", 1))
-    own = [terms[k].item() for k in ("orth", "mi", "disp")]
-    np.testing.assert_allclose(own, expected, rtol=1e-4)
+    features = torch.stack([features[k] for k in (2, 5, 11)])
+    with torch.autocast("cpu", torch.bfloat16):  # the terms are fp32 all the same
+        expected = diversity_terms(features, pair_mask(3, block_pairs(3, "all", 1)))
+    terms = method(x0, y, layers=(2, 5, 11), **fixed)
+    close([terms[k] for k in ("orth", "mi", "disp")], list(expected), rtol=1e-4, atol=1e-6)
+    assert torch.isclose(terms["diversity"], 0.5 * terms["orth"] + 0.2 * terms["mi"])
 
 
 @pytest.mark.parametrize("kind", ["flow", "gvp", "edm", "ddpm"])
@@ -408,65 +295,25 @@ def test_alignment_on_top_is_sra(kind, weight, gap):
         assert torch.isclose(ours["loss"], theirs["loss"] + ours["weight"] * ours["diversity"])
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "",
-        "--long-residual post",
-        "--long-residual none",
-        "--diversity-weight 0",
-        "--pairs anchor --anchor-block 2",
-        "--align-weight 0.2",
-        "--align-weight 0.2 --diversity-weight 0 --long-residual none",
-        "--diffusion ddpm",
-    ],
-)
+MODES = [
+    "--long-residual post --diffusion ddpm",
+    "--long-residual none --pairs anchor --anchor-block 2",
+    "--align-weight 0.2",
+    "--align-weight 0.2 --diversity-weight 0 --long-residual none",
+]
+
+
+@pytest.mark.parametrize("flags", MODES)
 def test_every_trainable_parameter_has_a_gradient_and_the_average_none(flags):
     method = small(flags, recipe=True)
-    x0, y, _ = draws()
-    method(x0, y)["loss"].backward()
+    method(*draws()[:2])["loss"].backward()
     assert_gradients(method)
 
 
-def test_both_blocks_of_a_pair_get_a_gradient():
-    features = [torch.randn(2, 4, 8, requires_grad=True) for _ in range(2)]
-    sum(diversity_terms(torch.stack(features), pair_mask(2, [(1, 2)]))).backward()
-    assert all(f.grad.abs().sum() > 0 for f in features)
+UNFIT = ["--pair-layers 1", "--weight-range 0.5 0.1", "--student-block 9 --align-weight 0.2"]
 
 
-def test_no_gradient_below_the_range():
-    """L_div under its lower bound: the denoising loss, with bitwise its gradients."""
-    x0, y, fixed = draws()
-    method = small("--weight-range 0.9 0.95", recipe=True)
-    terms = method(x0, y, **fixed)
-    assert terms["weight"] == 0 and torch.equal(terms["loss"], terms["denoise"])
-    parameters = list(method.model.parameters())
-    a = torch.autograd.grad(terms["loss"], parameters, retain_graph=True)
-    b = torch.autograd.grad(terms["denoise"], parameters)
-    assert all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-def test_the_loss_leaves_no_trace_in_what_is_sampled():
-    """Config and weights at the start are the same with the loss, without it, and with SRA."""
-    first, *others = (small(f) for f in ("", "--diversity-weight 0", "--align-weight 0.2"))
-    state = first.ema.state_dict()
-    for other in others:
-        assert other.model.config == first.model.config
-        again = other.ema.state_dict()
-        assert again.keys() == state.keys()
-        assert all(torch.equal(v, state[k]) for k, v in again.items())
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--pair-layers 1", "--pair-layers 2 or more"),
-        ("--pairs anchor --anchor-block 12", "1 <= --anchor-block < 12"),
-        ("--term-weights 1 nan 1", "--term-weights 1.0 nan 1.0"),
-        ("--align-weight 0.2 --diffusion edm", "flow, gvp and ddpm"),
-        ("--align-weight 0.2 --student-block 9", "1 <= student <= teacher <= 12"),
-    ],
-)
-def test_impossible_flags_are_refused(flags, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("flags", UNFIT)
+def test_impossible_flags_are_refused(flags):
+    with pytest.raises(UserError, match=flags.split()[0]):
         small(flags)

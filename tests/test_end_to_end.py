@@ -1,6 +1,6 @@
 """Every training script: resuming in its modes, two processes, sampling from what it leaves."""
 
-import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,14 @@ from conftest import (
     assert_same_run,
     call,
     checkpoint,
-    checkpoint_path,
     free_port,
     log_lines,
+    make_folder,
     method_class,
-    method_state,
     network_state,
     run,
     terminate_after,
+    tiny,
     train,
 )
 
@@ -31,7 +31,7 @@ STAGE_2 = "--stage 2 --teacher TEACHER"
 MODES = {  # script and flags: modes that change which parameters are used, or how
     "sra": ("train_sra", ""),
     "mdt": ("train_mdt", ""),
-    "mdt unmasking": ("train_mdt", "--mask-schedule linear --mask-ratio 0.75"),
+    "mdt unmasking": ("train_mdt", "--mask-schedule fall --mask-ratio 0.75"),
     "sd-dit": ("train_discriminative", SMALL_HEAD),
     "sd-dit mean": ("train_discriminative", f"{SMALL_HEAD} --summary mean --gen-tokens visible"),
     "sd-dit plain": ("train_discriminative", "--align-weight 0 --mask-ratio 0"),
@@ -66,7 +66,7 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, mode, flags_of):
     train(tmp_path / "b", flags, script=script, method=terminate_after(3, script))
     train(tmp_path / "b", flags, script=script)
     assert_same_run(tmp_path / "a", tmp_path / "b", 8)
-    assert not any("frozen" in name for name in method_state(tmp_path / "a", 8))
+    assert not any("frozen" in name for name in checkpoint(tmp_path / "a", 8)["method"])
     assert all(np.isfinite(v) for line in log_lines(tmp_path / "a") for v in line.values())
 
 
@@ -107,53 +107,41 @@ def test_real_command_lines(tmp_path, script):
     assert [line["step"] for line in log_lines(tmp_path)] == [2, 3]
 
 
-def test_unmasked_tuning_starts_from_weights_and_average(tmp_path):
-    """MaskDiT's second stage: both of the first, a fresh optimizer; resumed without its file."""
-    train(tmp_path / "first", "--steps 3", script="train_mdt")
-    weights = network_state(tmp_path / "first", 3, "model")
-    average = network_state(tmp_path / "first", 3, "ema")
-    file = checkpoint_path(tmp_path / "first", 3)
-    start = f"--mask-ratio 0 --init-from {file}"
-    train(tmp_path / "still", "--steps 1 --lr 0", start, script="train_mdt")
-    assert_same(network_state(tmp_path / "still", 1, "model"), weights)
-    moments = checkpoint(tmp_path / "still", 1)["optimizer"]["state"]
-    assert all(state["step"] == 1 for state in moments.values())
-    name = "final_layer.linear.weight"
-    now = network_state(tmp_path / "still", 1, "ema")[name]
-    assert torch.allclose(now, average[name], rtol=0, atol=1e-5)
-    assert (now - weights[name]).abs().max() > 1e-4
-    start = f"--steps 6 {start}"
-    train(tmp_path / "a", start, script="train_mdt")
-    train(tmp_path / "b", start, script="train_mdt", method=terminate_after(2, "train_mdt"))
-    file.unlink()
-    train(tmp_path / "b", start, script="train_mdt")
+@pytest.mark.parametrize("script", METHODS)
+def test_init_from_takes_weights_and_average(tmp_path, script, capfd):
+    """With a fresh optimizer; for other classes all but the label table; resumed without it."""
+    train(tmp_path / "first", "--steps 2 --ema-warmup", script=script)
+    still = f"--steps 1 --lr 0 --ema-decay 1 --init-from {tmp_path / 'first'}"
+    train(tmp_path / "same", still, script=script)
+    data = f"--data {make_folder(tmp_path / 'data')}"
+    train(tmp_path / "other", still, data, script=script)
+    table = "y_embedder.embedding_table.weight"
+    for part in ("model", "ema"):
+        first = network_state(tmp_path / "first", 2, part)
+        assert_same(network_state(tmp_path / "same", 1, part), first)
+        other = network_state(tmp_path / "other", 1, part)
+        assert len(first.pop(table)) == 11 and len(other.pop(table)) == 3
+        assert_same(other, first)
+    moments = checkpoint(tmp_path / "same", 1)["optimizer"]["state"].values()
+    assert all(state["step"] == 1 for state in moments)
+    assert "label table" in capfd.readouterr().out
+    start = f"--steps 6 --init-from {tmp_path / 'first'}"
+    train(tmp_path / "a", start, script=script)
+    train(tmp_path / "b", start, script=script, method=terminate_after(2, script))
+    shutil.rmtree(tmp_path / "first")
+    train(tmp_path / "b", start, script=script)
     assert_same_run(tmp_path / "a", tmp_path / "b", 6)
 
 
-def count_collectives(rank, ports, script, flags, folder):
-    """What a run of two processes exchanges in 2 steps and in 5, all within one log interval."""
-    counts = []
-    for port, steps in zip(ports, (2, 5)):
-        as_rank(rank, port)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            flags = f"{flags} --log-every 100 --steps {steps}"
-            train(Path(folder) / str(steps), flags, script=script)
-        events = [event for event in profile.key_averages() if event.key.startswith("gloo:")]
-        counts.append({event.key: event.count for event in events})
-    if rank == 0:
-        (Path(folder) / "counts.json").write_text(json.dumps(counts))
-
-
-@pytest.mark.parametrize("mode, own", [("sra", 0), ("sd-dit", 1)])
-def test_a_step_exchanges_gradients_and_one_flag(tmp_path, mode, own, flags_of):
-    """Gradients in one bucket or two, the flag to stop, and SD-DiT's mean logits; no more."""
-    script, flags = flags_of(mode)
-    ports = (free_port(), free_port())
-    mp.spawn(count_collectives, (ports, script, flags, str(tmp_path)), nprocs=2)
-    few, many = json.loads((tmp_path / "counts.json").read_text())
-    more = {key: many[key] - few.get(key, 0) for key in many}
-    assert {key for key, count in more.items() if count} == {"gloo:all_reduce"}
-    assert more["gloo:all_reduce"] in {3 * (buckets + 1 + own) for buckets in (1, 2)}
+def test_init_from_official_weights(tmp_path):
+    """The official layout: here that of the network itself."""
+    model = tiny(hidden_size=128, depth=6, num_heads=4, num_classes=5)
+    torch.save({"ema": model.state_dict(), "model": model.state_dict()}, tmp_path / "repa.pt")
+    flags = "--image-size 8 --model DiT-Ti/2 --steps 1 --lr 0 --official repa --init-from"
+    train(tmp_path / "run", flags, tmp_path / "repa.pt")
+    state, expected = network_state(tmp_path / "run", 1, "model"), model.state_dict()
+    del state["y_embedder.embedding_table.weight"], expected["y_embedder.embedding_table.weight"]
+    assert_same(state, dict(expected))
 
 
 @pytest.mark.parametrize("mode", ["mdt", "diversedit"])

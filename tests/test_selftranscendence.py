@@ -16,10 +16,8 @@ from conftest import (
 )
 
 from diffusion import Flow, make_diffusion
-from models import DiT, load_official, position_embedding
+from models import DiT, UserError, load_official, parse_model, position_embedding
 from train_selftranscendence import LOGGED, SelfTranscendence, parse_args, window_mean
-
-# Reference values
 
 
 def official(golden, tmp_path, which, salt=None):
@@ -42,13 +40,13 @@ def method_for(golden, tmp_path, stage, which, flags=""):
         flags += f" --teacher {file} --teacher-block 3"
     method = SelfTranscendence(parse_args(words(flags)), model.config, Flow())
     method.model.load_state_dict(model.state_dict())
-    names = {f"projectors.{k}.": f"{k}." for k in (0, 2, 4)} | {"projectors_final.linear.": "6."}
-    head = {}
-    for name, value in state.items():
-        for theirs, ours in names.items():
-            if name.startswith(theirs):
-                head[name.replace(theirs, ours)] = value
-    method.head.load_state_dict(head)
+    method.head.load_state_dict(
+        {
+            name.replace("projectors_final.linear", "6").removeprefix("projectors."): value
+            for name, value in state.items()
+            if name.startswith("projectors")
+        }
+    )
     return method
 
 
@@ -68,7 +66,7 @@ def test_networks(eval_golden, tmp_path, form):
             if stage == 1:
                 g.check("shallow_prediction", method.model.unpatchify(projected))
             else:
-                raw = method.frozen.tokens_after(*inputs, 3)
+                raw = method.frozen[0].tokens_after(*inputs, 3)
                 for name, tokens in (("projected", projected), ("raw", raw)):
                     g.check(f"{name}_features", tokens[:, ::3, ::5])
                     g.check(f"{name}_norm", tokens.flatten(1).norm(dim=1))
@@ -95,12 +93,11 @@ def test_losses(eval_golden, tmp_path, form, stage):
     g.check(f"{name}_aux_per_sample_masked", per_image)
     inside = (per_image == unmasked).float()
     assert inside.tolist() == [0, 1, 1, 1, 0]  # both ends of the range count
-    parts = [
-        window_mean(v[None], m[None], torch.ones(1), "released", 0.3)
+    published = [
+        [window_mean(v[None], m[None], torch.ones(1), "released", 0.3) for v in unmasked]
         for m in inside
-        for v in unmasked
     ]
-    g.check(f"{name}_aux_as_published", torch.stack(parts).view(5, 1, 1, 5))
+    g.check(f"{name}_aux_as_published", torch.tensor(published).view(5, 1, 1, 5))
     released = make("--t-mode released")
     terms = released(images, labels, **draws)
     close(terms["loss"], terms["denoise"] + 0.5 * terms["align"])
@@ -141,9 +138,8 @@ def small(tmp_path):
         args = parse_args(words("--stage", stage, flags))
         if stage == 2 and args.teacher is None and args.align_weight > 0:
             teacher = network("weights"), network("average")
-            args.teacher = str(
-                save_teacher(tmp_path / "teacher.pt", *teacher, diffusion=args.diffusion)
-            )
+            file = save_teacher(tmp_path / "teacher.pt", *teacher, diffusion=args.diffusion)
+            args.teacher = str(file)
         diffusion = make_diffusion(args.diffusion)
         torch.manual_seed(0)
         config = {**SHAPE, "qk_norm": args.qk_norm, "learn_sigma": diffusion.learned_variance}
@@ -164,7 +160,7 @@ def batch(drop=(1.0,) * 5, t=TIMES):
 def watch(method):
     """Records the teacher's inputs and tokens, the student's labels and projected features."""
     seen = {"calls": 0}
-    tokens_after = method.frozen.tokens_after
+    tokens_after = method.frozen[0].tokens_after
 
     def teacher(x, t, y, block):
         seen.update(x=x, t=t, y=y, tokens=tokens_after(x, t, y, block), calls=seen["calls"] + 1)
@@ -173,7 +169,7 @@ def watch(method):
     def student(module, inputs, output):
         seen.update(x_t=inputs[0], y_student=inputs[2])
 
-    method.frozen.tokens_after = teacher
+    method.frozen[0].tokens_after = teacher
     method.head.register_forward_hook(lambda module, inputs, output: seen.update(projected=output))
     method.model.register_forward_hook(student)
     return seen
@@ -184,8 +180,8 @@ def guided(tokens, scale=30):
     return null + scale * (conditional - null)
 
 
-def errors(seen, target):
-    return (seen["projected"] - target).square().flatten(1).mean(1)
+def errors(seen):
+    return (seen["projected"] - guided(seen["tokens"])).square().flatten(1).mean(1)
 
 
 def gradients(method):
@@ -196,32 +192,11 @@ def gradients(method):
 def test_the_term_reaches_the_head_and_the_blocks_up_to_it(small, stage, block):
     """Later blocks and the last layer learn from L_gen alone."""
     method, (images, draws) = small(stage, f"--student-block {block}"), batch()
-
-    def later(name):
-        return name.startswith("model.final_layer") or (
-            name.startswith("model.blocks") and int(name.split(".")[2]) >= block
-        )
-
     method(*images, **draws)["align"].backward()
+    later = ("model.final_layer", *(f"model.blocks.{k}." for k in range(block, 6)))
     for name, grad in gradients(method).items():
         reached = grad is not None and grad.abs().sum() > 0
-        assert reached != later(name), name
-    method.zero_grad()
-    method(*images, **draws)["loss"].backward()
-    whole = gradients(method)
-    plain = small(stage, "--align-weight 0")
-    plain(*images, **draws)["loss"].backward()
-    for name, grad in gradients(plain).items():
-        assert torch.equal(grad, whole[name]) == later(name), name
-
-
-@pytest.mark.parametrize("stage, linear", [(1, 4), (2, 3)])
-def test_head_starts_as_xavier_with_zero_bias(small, stage, linear):
-    layers = [layer for layer in small(stage).head if isinstance(layer, torch.nn.Linear)]
-    assert len(layers) == linear
-    for layer in layers:
-        bound = math.sqrt(6 / (layer.in_features + layer.out_features))
-        assert 0.9 * bound < layer.weight.abs().max() <= bound and (layer.bias == 0).all()
+        assert reached != name.startswith(later), name
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -229,7 +204,7 @@ def test_head_starts_as_xavier_with_zero_bias(small, stage, linear):
 def test_weight_zero_is_the_plain_model(small, stage, kind):
     """No head, no teacher, no file of one; loss and gradients bit for bit."""
     plain = small(stage, f"--diffusion {kind} --align-weight 0")
-    assert not hasattr(plain, "head") and plain.frozen is None
+    assert not hasattr(plain, "head") and not plain.frozen
     images, draws = batch(drop=(0.5, 0.01, 0.5, 0.5, 0.5), t=plain.diffusion.draw_t(5, "cpu"))
     t = draws.pop("t")
     direct = assert_plain(plain, torch.tensor([0, 10, 9, 1, 4]), *images, t, draws)
@@ -281,38 +256,14 @@ def test_t_modes(small, stage):
         assert ours == 0 and (reach == 0).all() and all((grad == 0).all() for grad in grads)
 
 
-def test_teacher_is_frozen_and_holds_nothing_unused(small):
-    method = small(2)
-    state, stored = method.frozen.state_dict(), network("weights").state_dict()
-    unused = {n for n in stored if n.startswith(("blocks.4.", "blocks.5.", "final_layer."))}
-    assert set(state) == set(stored) - unused
-    assert all(torch.equal(v, stored[n]) for n, v in state.items())
-    assert not method.frozen.training
-    averaged = small(2, "--teacher-weights ema").frozen.state_dict()
-    name = "blocks.0.mlp.fc1.weight"
-    assert torch.equal(averaged[name], network("average").state_dict()[name])
-    parameters = [p for p in method.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    images, draws = batch()
-    before = {n: p.clone() for n, p in method.model.named_parameters()}
-    for step in range(20):
-        method.step = step
-        method(*images, **draws)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(step, 20)
-    assert all(torch.equal(v, stored[n]) for n, v in method.frozen.state_dict().items())
-    assert not any(torch.equal(p, before[n]) for n, p in method.model.named_parameters())
-
-
-def test_student_starts_from_a_fresh_initialisation(tmp_path):
-    file = save_teacher(tmp_path / "teacher.pt", network("weights"))
-    args = parse_args(words("--stage 2 --teacher", file))
-    torch.manual_seed(5)
-    student = SelfTranscendence(args, {**SHAPE, "learn_sigma": False}, Flow()).model
-    torch.manual_seed(5)
-    fresh = DiT(**SHAPE).state_dict()
-    assert all(torch.equal(v, fresh[n]) for n, v in student.state_dict().items())
+def test_teacher_is_frozen_and_no_part_of_the_state(small):
+    method, averaged = small(2), small(2, "--teacher-weights ema")
+    for chosen, other in ((method, "weights"), (averaged, "average")):
+        stored, held = network(other).state_dict(), chosen.frozen[0].state_dict()
+        assert all(torch.equal(v, stored[name]) for name, v in held.items())
+    assert not any(p.requires_grad for p in method.frozen[0].parameters())
+    parts = {name.split(".")[0] for name in method.state_dict()}
+    assert parts == {"model", "ema", "head"}
 
 
 @pytest.mark.parametrize("mode, rows", [("masked", [1, 2, 3]), ("all", [0, 1, 2, 3, 4])])
@@ -330,35 +281,17 @@ def test_teacher_sees_the_same_noise_true_labels_and_the_null_label(small, mode,
         for half, sent in zip(seen["tokens"].chunk(2), (y, torch.full_like(y, 10))):
             features = full(x_t, t, sent, features=(TEACHER,))[1]
             close(half, features[TEACHER], rtol=1e-4, atol=1e-5)
-    error = errors(seen, guided(seen["tokens"]))
+    error = errors(seen)
     expected = error.sum() / 5 if mode == "masked" else 0.3 * error.mean()
     close(terms["align"], expected, rtol=1e-4, atol=0)
     f_c, f_u = seen["tokens"].chunk(2)
     close(terms["guidance_gap"], (f_c - f_u).norm() / f_u.norm())
-    norm = guided(seen["tokens"]).norm() / f_u.norm()
-    close(terms["guided_norm"], norm, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("scale, half", [(1, 0), (0, 1)])
-def test_guidance_one_and_zero_are_exactly_one_half(small, scale, half):
-    """The conditional and the null features; far apart, or f_u + (f_c - f_u) would lose digits."""
-    method, (images, draws) = small(2, f"--feature-guidance {scale} --t-range 0 1"), batch()
-    tokens_after = method.frozen.tokens_after
-    apart = torch.tensor([1.0] * 5 + [1e4] * 5)[:, None, None]
-    method.frozen.tokens_after = lambda *inputs: tokens_after(*inputs) * apart
-    seen = watch(method)
-    terms = method(*images, **draws)
-    assert torch.equal(terms["align"], errors(seen, seen["tokens"].chunk(2)[half]).mean())
-    labels = images[1] if half == 0 else torch.full((5,), 10)  # the halves are not swapped
-    with torch.no_grad():
-        alone = network("weights").tokens_after(seen["x_t"], TIMES, labels, TEACHER)
-    close(terms["align"], errors(seen, alone * apart[5 * half]).mean(), rtol=1e-5, atol=0)
+    close(terms["guided_norm"], guided(seen["tokens"]).norm() / f_u.norm(), rtol=1e-4, atol=0)
 
 
 def test_target_of_students_without_label(small):
     drop = (0.0, 1.0, 0.0, 1.0, 1.0)
     images, draws = batch(drop=drop, t=torch.full((5,), 0.5))
-    found = {}
     for policy in ("conditional", "unconditional", "skip"):
         method = small(2, f"--drop-target {policy}")
         seen = watch(method)
@@ -367,11 +300,9 @@ def test_target_of_students_without_label(small):
         assert seen["y_student"].tolist() == sent
         expected = sent if policy == "unconditional" else images[1].tolist()
         assert seen["y"][:5].tolist() == expected
-        error = found[policy] = errors(seen, guided(seen["tokens"]))
+        error = errors(seen)
         mean = (error * torch.tensor(drop)).mean() if policy == "skip" else error.mean()
         close(terms["align"], mean, rtol=1e-4, atol=1e-5)
-    close(found["skip"], found["conditional"])
-    assert (found["unconditional"][[0, 2]] < 0.9 * found["conditional"][[0, 2]]).all()
 
 
 @pytest.mark.parametrize("mode, rows", [("masked", [1, 2, 3]), ("all", [0, 1, 2, 3, 4])])
@@ -382,7 +313,7 @@ def test_logged_splits(small, mode, rows):
     seen = watch(method)
     terms = method(*images, **draws)
     error = torch.zeros(5)
-    error[rows] = errors(seen, guided(seen["tokens"])).detach()
+    error[rows] = errors(seen).detach()
     share = 0.3 if mode == "masked" else 1.0
     for name, chosen, expected in (
         ("align_in", [1, 2, 3], 0.3),
@@ -391,9 +322,6 @@ def test_logged_splits(small, mode, rows):
     ):
         close(terms[name], error[chosen].sum() / (5 * expected), rtol=1e-4, atol=0)
     assert set(terms) == {"loss", "denoise", *LOGGED}
-    outside = method(*images, **{**draws, "t": EARLY})
-    assert (outside["align"] == 0) == (mode == "masked")
-    assert all(torch.isfinite(v) for v in outside.values())
 
 
 def test_images_out_of_range_cost_neither_head_nor_teacher(small):
@@ -410,45 +338,33 @@ def test_images_out_of_range_cost_neither_head_nor_teacher(small):
 
 
 def test_stop_step(small):
-    """From it on L_gen alone, no teacher pass, zero gradients for the head, the same keys."""
+    """From it on L_gen alone, no teacher pass, the same keys; the teacher is freed."""
     method, (images, draws) = small(2, "--stop-step 5"), batch()
     seen = watch(method)
-    for step in (3, 4):
-        method.step = step
-        terms = method(*images, **draws)
-        close(terms["loss"], terms["denoise"] + 0.5 * terms["align"])
-        assert terms["align"] > 0
-        keys = list(terms)
-    assert seen["calls"] == 2
+    method.step = 4
+    before = method(*images, **draws)
+    close(before["loss"], before["denoise"] + 0.5 * before["align"])
+    method.step = 5
+    terms = method(*images, **draws)
+    assert list(terms) == list(before) and before["align"] > 0 and seen["calls"] == 1
+    assert torch.equal(terms["loss"], terms["denoise"]) and not any(terms[k] for k in LOGGED)
     method.after_step(3, 10)
-    assert method.frozen is not None
-    for freed in (False, True):  # a run resumed after the stop begins with a teacher
-        method.step = 5
-        method.zero_grad()
-        terms = method(*images, **draws)
-        terms["loss"].backward()
-        assert torch.equal(terms["loss"], terms["denoise"]) and list(terms) == keys
-        assert all(terms[name] == 0 for name in LOGGED) and seen["calls"] == 2
-        for name, grad in gradients(method).items():
-            assert (grad == 0).all() if name.startswith("head.") else grad.abs().sum() > 0, name
-        assert (method.frozen is None) == freed
-        method.after_step(4, 10)
+    assert method.frozen
+    method.after_step(4, 10)
+    assert not method.frozen
 
 
-@pytest.mark.parametrize(
-    "stage, flags",
-    [
-        (1, "--t-mode masked"),
-        (1, "--t-mode selected --stage1-target x0"),
-        (1, "--t-mode all --diffusion gvp"),
-        (1, "--t-mode released --no-qk-norm"),
-        (2, "--t-mode masked"),
-        (2, "--t-mode selected --drop-target skip --feature-guidance 1"),
-        (2, "--t-mode all --diffusion gvp --drop-target unconditional"),
-        (2, "--t-mode released --teacher-weights ema --feature-guidance 0"),
-        (2, "--stop-step 0"),
-    ],
-)
+MODES = [
+    (1, "--t-mode masked --diffusion gvp"),
+    (1, "--t-mode selected --stage1-target x0"),
+    (1, "--t-mode released --no-qk-norm"),
+    (2, "--t-mode selected --drop-target skip"),
+    (2, "--t-mode all --drop-target unconditional"),
+    (2, "--stop-step 0"),
+]
+
+
+@pytest.mark.parametrize("stage, flags", MODES)
 def test_every_trainable_parameter_has_a_gradient_and_the_teacher_none(small, stage, flags):
     """Also where no image is in range or counted; then the head's are zero."""
     method, (images, draws) = small(stage, flags), batch()
@@ -459,72 +375,64 @@ def test_every_trainable_parameter_has_a_gradient_and_the_teacher_none(small, st
         terms["loss"].backward()
         assert all(torch.isfinite(v) for v in terms.values())
         unused = heads if terms["align"] == 0 else ()
-        assert_gradients(method, frozen=("ema.", "frozen."), unused=unused)
+        assert_gradients(method, unused=unused)
 
 
 def test_teacher_precision(small):
     """Under bf16 autocast the teacher runs in fp32 unless asked otherwise; the loss always."""
     images, draws = batch()
-    plain = small(2)
-    reference = watch(plain)
-    plain(*images, **draws)
-    for precision, same in (("fp32", True), ("bf16", False)):
+    tokens = {}
+    for precision, outer in (("fp32", False), ("fp32", True), ("bf16", True)):
         method = small(2, f"--teacher-precision {precision}")
         seen = watch(method)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
             terms = method(*images, **draws)
-        assert torch.equal(seen["tokens"], reference["tokens"]) == same
-        exact = guided(reference["tokens"])
-        assert (guided(seen["tokens"]) - exact).norm() < 0.05 * exact.norm()
         assert all(v.dtype == torch.float32 for v in terms.values())
+        tokens[precision, outer] = seen["tokens"]
+    assert torch.equal(tokens["fp32", True], tokens["fp32", False])
+    assert not torch.equal(tokens["bf16", True], tokens["fp32", False])
 
 
-@pytest.mark.parametrize(
-    "depth, blocks, stop",
-    [(6, (3, 4), 100_000), (12, (6, 8), 100_000), (24, (12, 16), 50_000), (28, (14, 18), 50_000)],
-)
-def test_blocks_and_stop_by_size(tmp_path, depth, blocks, stop):
-    config = {**SHAPE, "hidden_size": 8, "depth": depth}
-    file = save_teacher(tmp_path / "teacher.pt", DiT(**config))
-    args = parse_args(words("--stage 2 --teacher", file))
-    method = SelfTranscendence(args, {**config, "learn_sigma": False}, Flow())
-    assert (method.student_block, method.teacher_block) == blocks and method.stop_step == stop
+SIZES = [
+    ("Ti", (3, 4), 100_000, 256),
+    ("S", (6, 8), 100_000, 768),
+    ("B", (6, 8), 100_000, 2048),
+    ("XL", (14, 18), 50_000, 2048),
+]
 
 
-def test_head_width_by_size():
-    for dim, width in ((128, 256), (384, 768), (768, 2048), (1152, 2048)):
-        with torch.device("meta"):
-            config = {**SHAPE, "hidden_size": dim, "depth": 2, "num_heads": 4}
-            method = SelfTranscendence(parse_args([]), config, Flow())
-        assert method.student_block == 2 and method.head[2].weight.shape == (width, width)
+@pytest.mark.parametrize("size, blocks, stop, width", SIZES)
+def test_blocks_stop_and_head_by_size(monkeypatch, size, blocks, stop, width):
+    """Section 4 and the released code."""
+    monkeypatch.setattr(SelfTranscendence, "load_teacher", lambda *_: None)
+    with torch.device("meta"):
+        config = {**SHAPE, **parse_model(f"SiT-{size}/2")}
+        method = SelfTranscendence(parse_args(["--stage", "2"]), config, Flow())
+        first = SelfTranscendence(parse_args([]), config, Flow())
+    assert (method.student_block, method.teacher_block) == blocks and first.student_block == 2
+    assert method.stop_step == stop and method.head[2].weight.shape == (width, width)
 
 
-def test_unfit_teachers_are_refused(small, tmp_path):
-    file = tmp_path / "unfit.pt"
-    for message, about, flags, changes in (
-        ("no unconditional features", {"label_drop": 0}, "", {}),
-        (r"qk_norm True \(here False\)", {}, "--no-qk-norm", {}),
-        (r"hidden_size 32 \(here 16\)", {}, "", {"hidden_size": 16}),
-        (r"num_classes 10 \(here 4\)", {}, "", {"num_classes": 4}),
-        (r"diffusion gvp \(here flow\)", {"diffusion": "gvp"}, "", {}),
-    ):
-        save_teacher(file, network("weights"), **about)
-        with pytest.raises(ValueError, match=message):
-            small(2, f"--teacher {file} {flags}", **changes)
-    save_teacher(file, network("weights"), label_drop=0)
-    small(2, f"--teacher {file} --feature-guidance 1")
+UNFIT_TEACHERS = [  # what the message names, what the checkpoint says, the student
+    ("--label-drop", {"label_drop": 0}, "", {}),
+    ("qk_norm", {}, "--no-qk-norm", {}),
+    ("hidden_size", {}, "", {"hidden_size": 16}),
+    ("num_classes", {}, "", {"num_classes": 4}),
+    ("diffusion", {"diffusion": "gvp"}, "", {}),
+]
 
 
-@pytest.mark.parametrize(
-    "stage, flags, message",
-    [
-        (1, "--diffusion edm", "flow or gvp"),
-        (1, "--student-block 7", "--student-block 7: need blocks from 1 to 6"),
-        (1, "--t-range 0.7 0.4", "0 <= LOW <= HIGH <= 1"),
-        (1, "--stop-step 10", "--stop-step belongs to stage 2"),
-        (2, "--stage1-target x0", "--stage1-target belongs to stage 1"),
-    ],
-)
-def test_impossible_flags_are_refused(small, stage, flags, message):
-    with pytest.raises(ValueError, match=message):
-        small(stage, flags)
+@pytest.mark.parametrize("name, about, flags, changes", UNFIT_TEACHERS)
+def test_unfit_teachers_are_refused(small, tmp_path, name, about, flags, changes):
+    file = save_teacher(tmp_path / "unfit.pt", network("weights"), **about)
+    with pytest.raises(UserError, match=name):
+        small(2, f"--teacher {file} {flags}", **changes)
+
+
+UNFIT = ["--diffusion edm", "--t-range 0.7 0.4", "--stop-step 10", "--stage1-target x0 --stage 2"]
+
+
+@pytest.mark.parametrize("flags", UNFIT)
+def test_impossible_flags_are_refused(small, flags):
+    with pytest.raises(UserError, match=flags.split()[0]):
+        small(1, flags)
