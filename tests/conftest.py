@@ -419,12 +419,6 @@ def network_state(out, step, part="ema"):
     return {name.removeprefix(f"{part}."): state[name] for name in names}
 
 
-def method_state(out, step):
-    """What the method has beside network and average: heads, teachers, centres."""
-    state = checkpoint(out, step)["method"]
-    return {k: v for k, v in state.items() if not k.startswith(("model.", "ema."))}
-
-
 def change_average(out, step, change):
     """Apply a function to every tensor of the average in a checkpoint."""
     saved = checkpoint(out, step)

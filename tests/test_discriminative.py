@@ -19,7 +19,6 @@ from conftest import (
 from diffusion import make_diffusion
 from models import MaskedDiT, UserError
 from train_discriminative import (
-    Head,
     SDDiT,
     momentum_at,
     parse_args,
@@ -204,15 +203,6 @@ def test_loss_against_its_definition(flags):
     align = terms["patch"] + terms.get("class", 0)
     close(terms["loss"], terms["denoise"] + 0.1 * align)
     assert set(terms) == {"loss", "denoise", *expected}
-
-
-def test_head_rows_are_unit_vectors_and_logits_are_cosines():
-    torch.manual_seed(0)
-    head = Head(32, 20, K)
-    head.weight.data.mul_(torch.rand(K, 1) + 0.5)  # as training leaves it
-    vectors, prototypes = head(10 * torch.randn(50, 32))
-    close(prototypes.norm(dim=1), torch.ones(K))
-    close(vectors.norm(dim=1), torch.ones(50))
 
 
 def test_losses_are_fp32_under_autocast():

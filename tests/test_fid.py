@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -69,19 +68,6 @@ def test_inception_matches_both_reference_codes(size, inception, eval_golden):
         golden.check(f"{name}_std", value.std(1, correction=0))
     golden.check("sfid_first28", out["spatial"][:, :28])
     golden.all_checked()
-
-
-@pytest.mark.skipif("FID_WEIGHTS" not in os.environ, reason="FID_WEIGHTS names no file")
-def test_published_weights():
-    """The digest, the names and shapes, and that the network uses them as plain float64 would."""
-    path = os.environ["FID_WEIGHTS"]
-    with open(path, "rb") as file:
-        assert hashlib.sha256(file.read()).hexdigest().startswith(fid.WEIGHTS_SHA256)
-    network, _ = fid.load_network(inception=path)
-    ramp = torch.arange(3 * 64 * 64).reshape(1, 3, 64, 64) // 64 % 64 * 4
-    with torch.inference_mode():
-        pool = network(ramp.to(torch.uint8))["pool"]
-    assert pool.isfinite().all() and pool.std() > 0
 
 
 def frechet_pair(pair, golden):

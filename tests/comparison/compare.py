@@ -325,7 +325,8 @@ def describe(a, name, run, seed, points):
     """An entry of results.json: {step: distance} with what stands in the log and the checkpoint."""
     before = seconds(a, run.after[0], seed, run.after[1]) if run.after else 0.0
     path = a.out / f"{name}-{seed}" / "checkpoints" / f"{run.steps[-1]:07d}.pt"
-    model = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["method"]
+    model = {name: v for name, v in state.items() if name.startswith("model.")}
     start = [line for line in read_log(a, name, seed) if "start" in line][-1]
     return {
         "title": run.title,
