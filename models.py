@@ -185,9 +185,9 @@ class DiT(nn.Module):
         qk_norm=False,
         long_residual="none",
     ):
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = arguments
+        self.config = config
         if input_size % patch_size:
             raise UserError(f"input size {input_size} is not divisible by patch size {patch_size}")
         fused = 0 if long_residual == "none" else depth // 2
@@ -474,6 +474,8 @@ def load_network(path, part, source=None, num_heads=None):
 def load_weights(model, part, path, source=None):
     """The same weights into a network; with other classes, its own label table stays."""
     loaded, _ = load_network(path, part, source, model.config["num_heads"])
+    if loaded.config["long_residual"] != model.config["long_residual"]:
+        raise UserError(f"{path} has long residuals {loaded.config['long_residual']}")
     state, own = loaded.state_dict(), model.state_dict()
     table = "y_embedder.embedding_table.weight"
     if state[table].shape != own[table].shape:
@@ -590,8 +592,6 @@ class ResidualBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """One head, all pixels to all."""
-
     def __init__(self, channels, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)

@@ -129,7 +129,7 @@ def chosen_labels(args, about, num_classes):
 def describe(args, net, about, vae):
     """All that the images depend on, as plain values."""
     own = ("diffusion", "file", "step", "script", "model", "notes", "vae_scale")
-    flags = {k: v for k, v in vars(args).items() if k not in ("ckpt", "out", "png", "vae")}
+    flags = {k: v for k, v in vars(args).items() if k not in ("ckpt", "out", "vae")}
     return {
         **json.loads(json.dumps(flags, default=str)),
         "checkpoint": {k: about[k] for k in own if k in about},

@@ -25,7 +25,7 @@ Commands; the same command goes on with an interrupted run:
 Sources: [P] paper, [S] later papers or summaries of it, [I] inferred from MaskDiT, EDM, DINO or
 iBOT, [O] our choice
  1. Loss on the encoder, EDM on the decoder, momentum teacher, one PF-ODE, no mask token [P]. Noisy
-    tokens instead [S], before a shared bridge [O]. A fifth hidden [S]; decoder as MaskDiT's [I].
+    tokens stand there [S], put in before the bridge [O]. A fifth is hidden [S]; decoder 8 x 512.
  2. The teacher sees the smallest noise [S, two sources]: EDM's smallest sigma, the same eps [I].
  3. Visible patches alone [S]. `--summary token` adds iBOT's class token, on which sources differ:
     its term is dead by construction, as all blocks start as the identity and nothing else moves the
@@ -48,6 +48,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def method_arguments(parser):
     add("--decoder", type=int, nargs=3, metavar=("DEPTH", "WIDTH", "HEADS"), help=decoder)
     add("--teacher-sigma", type=float, default=0.002, help="noise of its input (flow: its time)")
     add("--shared-noise", action=switch, default=True, help="student and teacher: the same eps")
-    labels = "the student's labels, after dropping, or none"
+    labels = "the student's, after dropping, or the null label"
     add("--teacher-label", choices=("same", "null"), default="same", help=labels)
     add("--teacher-momentum", type=float, default=0.996, help="at the start")
     schedule = "cosine: to 1 at the end of the run"
@@ -201,7 +202,7 @@ class SDDiT(nn.Module):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> {"loss", ...}, scalars.
 
         Draws: t (N,), noise and teacher_noise like x0, drop (N,) and mask (N, T) from U(0, 1): the
-        student sees the int(T (1 - ratio)) tokens of the smallest.
+        student sees the int(T (1 - ratio)) tokens whose mask is smallest.
         """
         args = self.args
         n = len(x0)
@@ -309,7 +310,7 @@ SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARD = 1024  # images in a file of the cache
 FREE = """allow_changes cache checkpointing classes compile data keep log_every micro_batch network
-out sample_every save_every steps vae""".split()  # what may differ when a run goes on
+out sample_every save_every script steps vae""".split()  # what may differ when a run goes on
 
 
 def parse_args(argv=None):
@@ -326,7 +327,7 @@ def parse_args(argv=None):
     add("--flip", action=switch, default=True, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder for all output")
     add("--allow-changes", action="store_true", help="go on with a run under other flags")
-    add("--init-from", help="start from weights and EMA of this checkpoint or run")
+    add("--init-from", help="start from network and EMA of this checkpoint or run")
     add("--official", choices=models.SOURCES, help="--init-from is of that official code")
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
     add("--diffusion", choices=DIFFUSIONS, default="flow", help="noise process")
@@ -381,9 +382,7 @@ def center_crop(image, size):
 
 
 class Images:
-    """Pixels or latents, made once, in memory-mapped .npy shards: uint8 (n, 3, S, S), or float16
-    moments (n, 2, 2 C, h, w) of image and mirror, means and log variances.
-    """
+    """Pixels, or with a VAE latents, decoded once into memory-mapped shards."""
 
     def __init__(self, args, vae):
         self.root, self.size, self.vae, self.scale = args.data, args.image_size, vae, args.vae_scale
@@ -404,7 +403,7 @@ class Images:
             raise UserError(f"--image-size {self.size} is not divisible by the VAE's {factor}")
         self.shape = (channels, self.size // factor, self.size // factor)
         self.vae_hash = vae.digest("encoder") if vae else None
-        about = json.dumps([self.files, sizes, self.size, "ADM crop", self.vae_hash])
+        about = json.dumps([self.files, folders, sizes, self.size, "ADM crop", self.vae_hash])
         self.hash = hashlib.sha256(about.encode()).hexdigest()[:16]
         folder = Path(args.cache or f"{args.data.rstrip('/')}.cache", self.hash)
         self.paths = [folder / f"{k:05d}.npy" for k in range(-(-len(self.files) // SHARD))]
@@ -420,7 +419,7 @@ class Images:
         return np.asarray(image).transpose(2, 0, 1)
 
     def make_shards(self, device, rank, world):
-        """Each process makes its share of the shards that are not there yet; then all map them."""
+        """Each process makes its share of the missing shards, plain .npy; then all map them."""
         missing = [k for k in range(rank, len(self.paths), world) if not self.paths[k].exists()]
         with ThreadPoolExecutor() as pool:
             for k in tqdm(missing, "decoding", unit=" x 1024", disable=rank > 0 or not missing):
@@ -495,10 +494,10 @@ def resume(method, optimizer, args, about):
             models.load_weights(getattr(method, name), name, Path(args.init_from), args.official)
         return 0
     path, saved = models.load_checkpoint(Path(args.out))
-    before = {**about, **saved["args"]}
-    changed = [key for key in about if key not in FREE and before[key] != about[key]]
+    before = {**json.loads(json.dumps(vars(parse_args([])))), **saved["args"]}
+    changed = [key for key in about if key not in FREE and before.get(key) != about[key]]
     if changed and not args.allow_changes:
-        flags = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+        flags = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in changed)
         advice = "use these, or another --out, or --allow-changes"
         raise UserError(f"{path} was made with {flags}: {advice}")
     models.load_state(method, saved["method"], path)
@@ -513,7 +512,7 @@ def save_checkpoint(method, optimizer, step, args, about):
     state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     content = {**state, "step": step, "args": about}
     write_atomically(folder / f"{step:07d}.pt", lambda file: torch.save(content, file))
-    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep else ():
+    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep > 0 else ():
         older.unlink()
 
 
@@ -585,6 +584,7 @@ def main(method_cls, args):
     except (BlockingIOError, FileExistsError, NotADirectoryError):
         models.fail(f"--out {out} is in use by another run, or is a file: choose another")
     wrapped = method
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         wrapped = nn.parallel.DistributedDataParallel(method, **options)

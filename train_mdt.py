@@ -49,6 +49,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -144,7 +145,7 @@ class MaskDiT(nn.Module):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> {"loss", ...}, scalars.
 
         Draws: t (N,), noise like x0, drop (N,) and mask (N, T) from U(0, 1): an image keeps the
-        int(T (1 - ratio)) tokens of the smallest.
+        int(T (1 - ratio)) tokens whose mask is smallest.
         """
         n = len(x0)
         p = self.model.patch_size
@@ -184,7 +185,7 @@ SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARD = 1024  # images in a file of the cache
 FREE = """allow_changes cache checkpointing classes compile data keep log_every micro_batch network
-out sample_every save_every steps vae""".split()  # what may differ when a run goes on
+out sample_every save_every script steps vae""".split()  # what may differ when a run goes on
 
 
 def parse_args(argv=None):
@@ -201,7 +202,7 @@ def parse_args(argv=None):
     add("--flip", action=switch, default=True, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder for all output")
     add("--allow-changes", action="store_true", help="go on with a run under other flags")
-    add("--init-from", help="start from weights and EMA of this checkpoint or run")
+    add("--init-from", help="start from network and EMA of this checkpoint or run")
     add("--official", choices=models.SOURCES, help="--init-from is of that official code")
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
     add("--diffusion", choices=DIFFUSIONS, default="flow", help="noise process")
@@ -256,9 +257,7 @@ def center_crop(image, size):
 
 
 class Images:
-    """Pixels or latents, made once, in memory-mapped .npy shards: uint8 (n, 3, S, S), or float16
-    moments (n, 2, 2 C, h, w) of image and mirror, means and log variances.
-    """
+    """Pixels, or with a VAE latents, decoded once into memory-mapped shards."""
 
     def __init__(self, args, vae):
         self.root, self.size, self.vae, self.scale = args.data, args.image_size, vae, args.vae_scale
@@ -279,7 +278,7 @@ class Images:
             raise UserError(f"--image-size {self.size} is not divisible by the VAE's {factor}")
         self.shape = (channels, self.size // factor, self.size // factor)
         self.vae_hash = vae.digest("encoder") if vae else None
-        about = json.dumps([self.files, sizes, self.size, "ADM crop", self.vae_hash])
+        about = json.dumps([self.files, folders, sizes, self.size, "ADM crop", self.vae_hash])
         self.hash = hashlib.sha256(about.encode()).hexdigest()[:16]
         folder = Path(args.cache or f"{args.data.rstrip('/')}.cache", self.hash)
         self.paths = [folder / f"{k:05d}.npy" for k in range(-(-len(self.files) // SHARD))]
@@ -295,7 +294,7 @@ class Images:
         return np.asarray(image).transpose(2, 0, 1)
 
     def make_shards(self, device, rank, world):
-        """Each process makes its share of the shards that are not there yet; then all map them."""
+        """Each process makes its share of the missing shards, plain .npy; then all map them."""
         missing = [k for k in range(rank, len(self.paths), world) if not self.paths[k].exists()]
         with ThreadPoolExecutor() as pool:
             for k in tqdm(missing, "decoding", unit=" x 1024", disable=rank > 0 or not missing):
@@ -370,10 +369,10 @@ def resume(method, optimizer, args, about):
             models.load_weights(getattr(method, name), name, Path(args.init_from), args.official)
         return 0
     path, saved = models.load_checkpoint(Path(args.out))
-    before = {**about, **saved["args"]}
-    changed = [key for key in about if key not in FREE and before[key] != about[key]]
+    before = {**json.loads(json.dumps(vars(parse_args([])))), **saved["args"]}
+    changed = [key for key in about if key not in FREE and before.get(key) != about[key]]
     if changed and not args.allow_changes:
-        flags = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+        flags = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in changed)
         advice = "use these, or another --out, or --allow-changes"
         raise UserError(f"{path} was made with {flags}: {advice}")
     models.load_state(method, saved["method"], path)
@@ -388,7 +387,7 @@ def save_checkpoint(method, optimizer, step, args, about):
     state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     content = {**state, "step": step, "args": about}
     write_atomically(folder / f"{step:07d}.pt", lambda file: torch.save(content, file))
-    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep else ():
+    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep > 0 else ():
         older.unlink()
 
 
@@ -460,6 +459,7 @@ def main(method_cls, args):
     except (BlockingIOError, FileExistsError, NotADirectoryError):
         models.fail(f"--out {out} is in use by another run, or is a file: choose another")
     wrapped = method
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         wrapped = nn.parallel.DistributedDataParallel(method, **options)

@@ -28,10 +28,10 @@ Commands; the same command goes on with an interrupted run:
         --model SiT-XL/2 --steps 200000 --out results/stage1
 `--align-weight 0`: plain SiT or DiT. A plain SiT can be the teacher too, as an ablation.
 
-Implementation details (csslc/Self-Transcendence at 42fde5d; T: train_*.py, sh: train_*.sh)
+Implementation details (csslc/Self-Transcendence at 42fde5d; T2, sh2: train_*.py, .sh, stage 2)
  1. Stage 1 predicts the velocity, the abstracts say VAE features [loss.py:226]: --stage1-target x0.
  2. MLP D -> 2048 -> 2048 -> D, SiLU [models:18]; 2 D wide below D = 768 (ours).
- 3. Blocks: stage 1: 2; stage 2: depth/2 -> 2 depth/3, B 6 -> 8 [sh], L 12 -> 16, XL 14 -> 18.
+ 3. Blocks: stage 1: 2; stage 2: depth/2 -> 2 depth/3, B 6 -> 8 [sh2], L 12 -> 16, XL 14 -> 18.
  4. Teacher: online weights [T2:178], fp32: bf16 moves f_g by 1 %. It stops at its block.
  5. Guidance 30, weight 0.5, MSE, stop at 100,000 [sh2; T2:429]; 50,000 from 24 blocks on (ours).
  6. qk-norm, no flips, no EMA warm-up. Students without label regress f_g too [T2:285].
@@ -51,6 +51,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def method_arguments(parser):
         "--t-range", type=float, nargs=2, default=[0.4, 0.7], metavar=ends, help="times of the term"
     )
     modes = ("masked", "selected", "all", "released")
-    add("--t-mode", choices=modes, default="masked", help="how times outside count: window_mean")
+    add("--t-mode", choices=modes, default="masked", help="for times outside: see window_mean")
     target = "stage 1: where its error is measured (default: velocity)"
     add("--stage1-target", choices=("velocity", "x0"), help=target)
     add("--teacher", metavar="CKPT", help="stage 2: a checkpoint or run folder of stage 1")
@@ -179,7 +180,7 @@ class SelfTranscendence(nn.Module):
         if not args.teacher:
             raise UserError("--stage 2 needs --teacher, a checkpoint or run folder of stage 1")
         teacher, trained = models.load_network(Path(args.teacher), args.teacher_weights)
-        theirs = {**trained["network"], "diffusion": trained["diffusion"]}
+        theirs = {**teacher.config, "diffusion": trained["diffusion"]}
         ours = {**self.model.config, "diffusion": args.diffusion}
         theirs["VAE"], ours["VAE"] = trained["vae_hash"], vars(args).get("vae_hash")
         unlike = [f"{k} {theirs.get(k)} (here {v})" for k, v in ours.items() if theirs.get(k) != v]
@@ -293,7 +294,7 @@ SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARD = 1024  # images in a file of the cache
 FREE = """allow_changes cache checkpointing classes compile data keep log_every micro_batch network
-out sample_every save_every steps vae""".split()  # what may differ when a run goes on
+out sample_every save_every script steps vae""".split()  # what may differ when a run goes on
 
 
 def parse_args(argv=None):
@@ -310,7 +311,7 @@ def parse_args(argv=None):
     add("--flip", action=switch, default=True, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder for all output")
     add("--allow-changes", action="store_true", help="go on with a run under other flags")
-    add("--init-from", help="start from weights and EMA of this checkpoint or run")
+    add("--init-from", help="start from network and EMA of this checkpoint or run")
     add("--official", choices=models.SOURCES, help="--init-from is of that official code")
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
     add("--diffusion", choices=DIFFUSIONS, default="flow", help="noise process")
@@ -365,9 +366,7 @@ def center_crop(image, size):
 
 
 class Images:
-    """Pixels or latents, made once, in memory-mapped .npy shards: uint8 (n, 3, S, S), or float16
-    moments (n, 2, 2 C, h, w) of image and mirror, means and log variances.
-    """
+    """Pixels, or with a VAE latents, decoded once into memory-mapped shards."""
 
     def __init__(self, args, vae):
         self.root, self.size, self.vae, self.scale = args.data, args.image_size, vae, args.vae_scale
@@ -388,7 +387,7 @@ class Images:
             raise UserError(f"--image-size {self.size} is not divisible by the VAE's {factor}")
         self.shape = (channels, self.size // factor, self.size // factor)
         self.vae_hash = vae.digest("encoder") if vae else None
-        about = json.dumps([self.files, sizes, self.size, "ADM crop", self.vae_hash])
+        about = json.dumps([self.files, folders, sizes, self.size, "ADM crop", self.vae_hash])
         self.hash = hashlib.sha256(about.encode()).hexdigest()[:16]
         folder = Path(args.cache or f"{args.data.rstrip('/')}.cache", self.hash)
         self.paths = [folder / f"{k:05d}.npy" for k in range(-(-len(self.files) // SHARD))]
@@ -404,7 +403,7 @@ class Images:
         return np.asarray(image).transpose(2, 0, 1)
 
     def make_shards(self, device, rank, world):
-        """Each process makes its share of the shards that are not there yet; then all map them."""
+        """Each process makes its share of the missing shards, plain .npy; then all map them."""
         missing = [k for k in range(rank, len(self.paths), world) if not self.paths[k].exists()]
         with ThreadPoolExecutor() as pool:
             for k in tqdm(missing, "decoding", unit=" x 1024", disable=rank > 0 or not missing):
@@ -479,10 +478,10 @@ def resume(method, optimizer, args, about):
             models.load_weights(getattr(method, name), name, Path(args.init_from), args.official)
         return 0
     path, saved = models.load_checkpoint(Path(args.out))
-    before = {**about, **saved["args"]}
-    changed = [key for key in about if key not in FREE and before[key] != about[key]]
+    before = {**json.loads(json.dumps(vars(parse_args([])))), **saved["args"]}
+    changed = [key for key in about if key not in FREE and before.get(key) != about[key]]
     if changed and not args.allow_changes:
-        flags = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+        flags = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in changed)
         advice = "use these, or another --out, or --allow-changes"
         raise UserError(f"{path} was made with {flags}: {advice}")
     models.load_state(method, saved["method"], path)
@@ -497,7 +496,7 @@ def save_checkpoint(method, optimizer, step, args, about):
     state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     content = {**state, "step": step, "args": about}
     write_atomically(folder / f"{step:07d}.pt", lambda file: torch.save(content, file))
-    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep else ():
+    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep > 0 else ():
         older.unlink()
 
 
@@ -569,6 +568,7 @@ def main(method_cls, args):
     except (BlockingIOError, FileExistsError, NotADirectoryError):
         models.fail(f"--out {out} is in use by another run, or is a file: choose another")
     wrapped = method
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         wrapped = nn.parallel.DistributedDataParallel(method, **options)

@@ -32,7 +32,7 @@ Implementation details (S/ and D/: SiT-SRA/ and DiT-SRA/ of the official reposit
     default is a cosine along tokens with weight 0.5 (`cosine-token`), probably an accident.
  5. The code's weight decays by epochs from epoch 149; `--align-decay 745596 5004000` is that in
     steps, without the stairs (at most 0.23 % apart). 512 px: 495396 4003200. The paper has none.
- 6. DiT: t' = clamp(t - r, 1, 999), r in 0 .. 199; at t = 0 the teacher is the noisier one [D/].
+ 6. DiT: t' = clamp(t - r, 1, 999), r in 0 .. 199; at t = 0 the teacher is noisier, t' = 1 [D/].
  7. The teacher runs in the student's precision and stops at its block [App. H suggests both].
 Differences from the official code: its EMA starts from other random weights on every rank; its
 teacher runs all blocks, in fp32; it trains in fp16, we in bf16; it keeps latents' deviations in
@@ -51,6 +51,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -202,7 +203,7 @@ SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARD = 1024  # images in a file of the cache
 FREE = """allow_changes cache checkpointing classes compile data keep log_every micro_batch network
-out sample_every save_every steps vae""".split()  # what may differ when a run goes on
+out sample_every save_every script steps vae""".split()  # what may differ when a run goes on
 
 
 def parse_args(argv=None):
@@ -219,7 +220,7 @@ def parse_args(argv=None):
     add("--flip", action=switch, default=True, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder for all output")
     add("--allow-changes", action="store_true", help="go on with a run under other flags")
-    add("--init-from", help="start from weights and EMA of this checkpoint or run")
+    add("--init-from", help="start from network and EMA of this checkpoint or run")
     add("--official", choices=models.SOURCES, help="--init-from is of that official code")
     add("--model", default="DiT-Ti/4", help="DiT-SIZE/PATCH (or SiT-): Ti S B L XL H, 2 4 8")
     add("--diffusion", choices=DIFFUSIONS, default="flow", help="noise process")
@@ -274,9 +275,7 @@ def center_crop(image, size):
 
 
 class Images:
-    """Pixels or latents, made once, in memory-mapped .npy shards: uint8 (n, 3, S, S), or float16
-    moments (n, 2, 2 C, h, w) of image and mirror, means and log variances.
-    """
+    """Pixels, or with a VAE latents, decoded once into memory-mapped shards."""
 
     def __init__(self, args, vae):
         self.root, self.size, self.vae, self.scale = args.data, args.image_size, vae, args.vae_scale
@@ -297,7 +296,7 @@ class Images:
             raise UserError(f"--image-size {self.size} is not divisible by the VAE's {factor}")
         self.shape = (channels, self.size // factor, self.size // factor)
         self.vae_hash = vae.digest("encoder") if vae else None
-        about = json.dumps([self.files, sizes, self.size, "ADM crop", self.vae_hash])
+        about = json.dumps([self.files, folders, sizes, self.size, "ADM crop", self.vae_hash])
         self.hash = hashlib.sha256(about.encode()).hexdigest()[:16]
         folder = Path(args.cache or f"{args.data.rstrip('/')}.cache", self.hash)
         self.paths = [folder / f"{k:05d}.npy" for k in range(-(-len(self.files) // SHARD))]
@@ -313,7 +312,7 @@ class Images:
         return np.asarray(image).transpose(2, 0, 1)
 
     def make_shards(self, device, rank, world):
-        """Each process makes its share of the shards that are not there yet; then all map them."""
+        """Each process makes its share of the missing shards, plain .npy; then all map them."""
         missing = [k for k in range(rank, len(self.paths), world) if not self.paths[k].exists()]
         with ThreadPoolExecutor() as pool:
             for k in tqdm(missing, "decoding", unit=" x 1024", disable=rank > 0 or not missing):
@@ -388,10 +387,10 @@ def resume(method, optimizer, args, about):
             models.load_weights(getattr(method, name), name, Path(args.init_from), args.official)
         return 0
     path, saved = models.load_checkpoint(Path(args.out))
-    before = {**about, **saved["args"]}
-    changed = [key for key in about if key not in FREE and before[key] != about[key]]
+    before = {**json.loads(json.dumps(vars(parse_args([])))), **saved["args"]}
+    changed = [key for key in about if key not in FREE and before.get(key) != about[key]]
     if changed and not args.allow_changes:
-        flags = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+        flags = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in changed)
         advice = "use these, or another --out, or --allow-changes"
         raise UserError(f"{path} was made with {flags}: {advice}")
     models.load_state(method, saved["method"], path)
@@ -406,7 +405,7 @@ def save_checkpoint(method, optimizer, step, args, about):
     state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     content = {**state, "step": step, "args": about}
     write_atomically(folder / f"{step:07d}.pt", lambda file: torch.save(content, file))
-    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep else ():
+    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep > 0 else ():
         older.unlink()
 
 
@@ -478,6 +477,7 @@ def main(method_cls, args):
     except (BlockingIOError, FileExistsError, NotADirectoryError):
         models.fail(f"--out {out} is in use by another run, or is a file: choose another")
     wrapped = method
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         wrapped = nn.parallel.DistributedDataParallel(method, **options)

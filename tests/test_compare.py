@@ -144,27 +144,3 @@ def test_seconds_are_those_of_the_images(tmp_path):
         assert compare.seconds(arguments, "vanilla", 0, step) == pytest.approx(expected)
     assert compare.distance(arguments, "vanilla", 0, 1000) == 3.0
     assert compare.distance(arguments, "vanilla", 0, 2000) is None
-
-
-def row(title, seed, cost, distances, ablation=False):
-    points = [{"step": s, "seconds": cost * s, "distance": d} for s, d in distances.items()]
-    about = {"title": title, "noise": "flow", "seed": seed, "ablation": ablation}
-    return {**about, "parameters_sampled": 1.9e6, "points": points}
-
-
-def test_table_of_odd_results():
-    protocol = {"num": 10, "num_reference": 40, "features": {"accuracy": 0.9}}
-    runs = {
-        "odd-0": row("odd", 0, 2, {2: 0.0, 4: 1.25}, ablation=True),
-        "vanilla-0": row("plain", 0, 1, {1: 3, 4: 2.0}),
-        "vanilla-1": row("plain", 1, 3, {1: 5, 4: 4.0}),
-        "late-1": row("late", 1, 6, {4: 7.0}),
-    }
-    results = {"runs": runs, "protocol": protocol, "training_images": 0.5}
-    lines = compare.table(results).splitlines()
-    assert lines[2] == "| plain | flow | 1.90 | 3.00 / 5.00 |  | 2.00 / 4.00 | 1.00 |"
-    assert lines[3] == "| late | flow | 1.90 |  |  | 7.00 | 2.00 |"
-    assert lines[4] == "| odd | flow | 1.90 |  | 0.00 | 1.25 | 2.00 |"
-    assert "90.0%" in lines[-1] and "0.500" in lines[-1]
-    del runs["vanilla-0"], runs["vanilla-1"]
-    assert compare.table(results).splitlines()[3].endswith("1.25 |  |")

@@ -13,6 +13,20 @@ from torch import nn
 LINES = {"models.py": 740, "diffusion.py": 520, "sample.py": 240, "fid.py": 480}  # at most
 LINES |= {f"{name}.py": 570 if name == "train_sra" else 760 for name in METHODS}
 SCRIPTS = [f"{name}.py" for name in METHODS]
+ALL = "ema_decay 0.9999 ema_warmup False flip False label_drop 0.1 lr 0.0001 warmup 0"
+FLOW = f"{ALL} batch_size 256 clip_grad 1.0 diffusion flow steps 400000"
+EDM = f"{ALL} clip_grad 0.0 diffusion edm"
+PAPERS = {  # the papers' settings: what the scripts do without flags
+    "train_sra": f"{FLOW} qk_norm False time_gap 0.2 align_distance smooth-l1 align_decay None",
+    "train_mdt": f"{EDM} batch_size 1024 mask_ratio 0.5 mae_weight 0.1 mask_schedule constant",
+    "train_discriminative": f"{EDM} batch_size 256 mask_ratio 0.2 summary none prototypes 8192",
+    "train_selftranscendence": f"{FLOW} qk_norm True align_weight 0.5 feature_guidance 30.0",
+    "train_diversedit": f"{FLOW} qk_norm False long_residual pre pair_layers 10 align_weight 0.0",
+}
+IN_COMMANDS = {  # script: flags of its paper-scale commands, in their order
+    "train_sra": ["SiT-XL/2 None 400000", "SiT-XL/2 None 400000", "DiT-XL/2 0.2 400000"],
+    "train_discriminative": ["DiT-XL/2 0.1 2400000"] * 2,
+}
 EVERY = sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")])
 
 
@@ -108,3 +122,20 @@ def test_every_command_parses(name, monkeypatch):
     for script, arguments in found:
         monkeypatch.setattr("sys.argv", [script])
         importlib.import_module(script.removesuffix(".py")).parse_args(arguments)
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_defaults_and_commands_are_the_papers(script, monkeypatch):
+    monkeypatch.setattr("sys.argv", [script])
+    module = importlib.import_module(script)
+    words = PAPERS[script].split()
+    defaults = vars(module.parse_args([]))
+    assert {k: str(defaults[k]) for k in words[::2]} == dict(zip(words[::2], words[1::2]))
+    at_scale = [arguments for _, arguments in commands(module.__doc__) if "--vae" in arguments]
+    parsed = [module.parse_args(arguments) for arguments in at_scale]
+    shown = [f"{a.model} {a.align_weight} {a.steps}" for a in parsed if hasattr(a, "align_weight")]
+    assert shown == IN_COMMANDS.get(script, shown) and all(a.image_size == 256 for a in parsed)
+    if script == "train_mdt":
+        tuning = next(a for a in parsed if a.init_from)
+        assert (tuning.lr, tuning.batch_size, tuning.precision) == (5e-5, 512, "fp32")
+        assert (tuning.mask_ratio, tuning.steps) == (0, 100_000)
