@@ -2,9 +2,9 @@
 
     # 1,000 images of the newest checkpoint of a run, its EMA
     python sample.py --ckpt results/train_sra --num 1000 --guidance 1.5 --out samples/sra
-    # SiT and SRA, 50,000 images on eight GPUs, with SRA's guidance
-    torchrun --nproc_per_node=8 sample.py --ckpt SiT-XL-2-256.pt --official sit --model SiT-XL/2 \
-        --vae vae.safetensors --solver sde --steps 250 --num-samples 50000 \
+    # SRA, 50,000 images on eight GPUs, guided
+    torchrun --nproc_per_node=8 sample.py --ckpt sra.pt --official sra --model SiT-XL/2 \
+        --vae vae.safetensors --solver sde --steps 250 --num-samples 50000 --uint8 127.5 \
         --guidance 1.8 --guidance-interval 0 0.7
     # DiT: DDPM, guidance on three channels
     python sample.py --ckpt DiT-XL-2-256x256.pt --official dit --model DiT-XL/2 --num 50000 \

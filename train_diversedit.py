@@ -350,8 +350,8 @@ class Images:
             raise UserError(f"--image-size {self.size} is not divisible by the VAE's {factor}")
         self.shape = (channels, self.size // factor, self.size // factor)
         self.vae_hash = vae.digest("encoder") if vae else None
-        about = json.dumps([self.files, folders, sizes, self.size, "ADM crop", self.vae_hash])
-        self.hash = hashlib.sha256(about.encode()).hexdigest()[:16]
+        key = json.dumps([SHARD, self.files, folders, sizes, self.size, "ADM crop", self.vae_hash])
+        self.hash = hashlib.sha256(key.encode()).hexdigest()[:16]
         folder = Path(args.cache or f"{args.data.rstrip('/')}.cache", self.hash)
         self.paths = [folder / f"{k:05d}.npy" for k in range(-(-len(self.files) // SHARD))]
 
@@ -459,8 +459,9 @@ def save_checkpoint(method, optimizer, step, args, about):
     state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     content = {**state, "step": step, "args": about}
     write_atomically(folder / f"{step:07d}.pt", lambda file: torch.save(content, file))
-    for older in sorted(folder.glob("*.pt"))[: -args.keep] if args.keep > 0 else ():
-        older.unlink()
+    if args.keep > 0:
+        for older in sorted(folder.glob("[0-9]*.pt"), key=os.path.getmtime)[: -args.keep]:
+            older.unlink()
 
 
 def draw_samples(method, diffusion, data, args, step, device):
@@ -481,7 +482,7 @@ def check_finite(history, names, step, rank):
         if not all(map(math.isfinite, row)):
             terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
             print(f"not finite: step {k}, rank {rank}: {terms}", file=sys.stderr, flush=True)
-            if dist.is_initialized():
+            if dist.is_initialized() and not math.isfinite(row[-1]):
                 dist.barrier()  # the gradient norm is the same on all ranks: all come here
             sys.exit(1)
 
@@ -489,9 +490,9 @@ def check_finite(history, names, step, rank):
 def build(method_cls, args, device, world):
     """Data, noise process, method, and what a checkpoint says about the run. Raises UserError."""
     args.micro_batch = args.micro_batch or max(1, args.batch_size // world)
-    if args.batch_size < 1 or args.batch_size % (world * args.micro_batch):
-        share = f"{world} processes x {args.micro_batch} images"
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by {share}")
+    sizes = f"{world} processes x {args.micro_batch} images"
+    if min(args.batch_size, args.micro_batch) < 1 or args.batch_size % (world * args.micro_batch):
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {sizes}")
     vae = models.load_vae(args.vae).to(device) if args.vae else None
     data = Images(args, vae)
     diffusion = make_diffusion(args.diffusion, clip=not vae)
@@ -528,8 +529,8 @@ def main(method_cls, args):
         data.make_shards(device, rank, world)
     except UserError as error:
         models.fail(error)
-    except (BlockingIOError, FileExistsError, NotADirectoryError):
-        models.fail(f"--out {out} is in use by another run, or is a file: choose another")
+    except OSError as error:
+        models.fail(f"--out {out} is in use by another run, or it or --cache is no folder: {error}")
     wrapped = method
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
@@ -551,13 +552,14 @@ def main(method_cls, args):
         print(json.dumps({"start": step, "command": sys.argv, **about_run, **about}), file=log)
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: signals.append(True))
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda *_: signals.append(True))
     batches = read_ahead(data, micro_batches(len(data.files), args, rank, world, step), cuda)
     trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     history, timer, stopping = [], time.perf_counter(), False
     while step < args.steps and not stopping:
-        stop = torch.tensor(float(len(signals)))  # all ranks agree on it while the step is made
+        stop = torch.tensor([len(signals), step, -step])  # all ranks agree while the step is made
         agreement = dist.all_reduce(stop, dist.ReduceOp.MAX, async_op=True) if world > 1 else None
         torch.manual_seed(seed_of(args.seed, rank, step))
         method.step = step
@@ -583,10 +585,10 @@ def main(method_cls, args):
         history.append(torch.cat([torch.stack(rows).mean(0), norm.detach().float()[None]]))
         step += 1
         bar.update()
-
         if agreement:
             agreement.wait()
-        stopping = bool(stop)
+        stopping = bool(stop[0])
+        assert stop[1] == -stop[2], f"--out {out}: not the same folder for all processes"
         ending = stopping or step == args.steps
         logging = ending or (args.log_every and step % args.log_every == 0)
         sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
@@ -609,13 +611,11 @@ def main(method_cls, args):
             save_checkpoint(method, optimizer, step, args, about)
         if rank == 0 and sampling:
             draw_samples(method, diffusion, data, args, step, device)
-        if logging:
-            timer = time.perf_counter()
+        timer = time.perf_counter() if logging else timer
     bar.close()
     if rank == 0:
         print(f"step {step} of {args.steps}, in {out}", flush=True)
     if world > 1:
-        dist.barrier()
         del wrapped  # as its last holder, the group would wait for a thread of gloo's
         dist.destroy_process_group()
 
