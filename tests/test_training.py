@@ -65,6 +65,7 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path, flags, capfd):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_hang_up_and_ctrl_c_finish_the_step_and_save(tmp_path, number):
+    signal.signal(number, signal.SIG_DFL)  # in the background it may be ignored
     train(tmp_path, "--steps 8", method=terminate_after(2, number=number))
     assert saved_steps(tmp_path)[0] in (3, 4)
 
