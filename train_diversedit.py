@@ -40,6 +40,7 @@ does nothing. It returns 0 for non-finite values, here the run stops. fp16 there
 
 import argparse
 import fcntl
+import functools
 import glob
 import hashlib
 import itertools
@@ -48,9 +49,9 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -251,14 +252,12 @@ class DiverseDiT(nn.Module):
 
 # --- end method
 
-# The rest is the same in every training script: arguments, data, checkpoints, loop.
-
 CORNERS = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "circle": 64}
 SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  # built-in classes
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHARD = 1024  # images in a file of the cache
 FREE = """allow_changes cache checkpointing classes compile data keep log_every micro_batch network
-out sample_every save_every script steps vae""".split()  # what may differ when a run goes on
+out run sample_every save_every save_minutes script steps vae""".split()  # may change in a run
 
 
 def parse_args(argv=None):
@@ -284,6 +283,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=256, help="over all processes and micro-batches")
     add("--micro-batch", type=int, help="images per process and forward (default: all)")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
+    add("--beta2", type=float, default=0.999, help="AdamW's decay of squared gradients")
     add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
     add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
     add("--ema-decay", type=float, default=0.9999, help="decay of the weights' average")
@@ -296,6 +296,7 @@ def parse_args(argv=None):
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     add("--sample-every", type=int, default=10_000, help="steps between grids; 0: at the end")
     add("--save-every", type=int, default=10_000, help="steps between checkpoints; 0: at the end")
+    add("--save-minutes", type=float, default=20.0, help="between writings of autosave.pt")
     add("--keep", type=int, default=0, help="how many checkpoints to keep; 0: all")
     method_arguments(parser)
     parser.set_defaults(**DEFAULTS)
@@ -408,31 +409,27 @@ class Images:
 def micro_batches(length, args, rank, world, start):
     """[(index, flip), ...] of each micro-batch from step `start` on; pure in (seed, epoch)."""
 
-    def images():
-        epoch, skip = divmod(start * args.batch_size, length)
-        while True:
-            rng = np.random.default_rng([args.seed, epoch])
-            order, flips = rng.permutation(length), (rng.random(length) < 0.5) & args.flip
-            yield from list(zip(order.tolist(), flips.tolist()))[skip:]
-            epoch, skip = epoch + 1, 0
+    @functools.lru_cache(2)
+    def shuffled(epoch):
+        rng = np.random.default_rng([args.seed, epoch])
+        order, flips = rng.permutation(length), (rng.random(length) < 0.5) & args.flip
+        return list(zip(order.tolist(), flips.tolist()))
 
-    stream, share = images(), args.batch_size // world
-    for _ in range(start, args.steps):
-        batch = list(itertools.islice(stream, args.batch_size))
-        for first in range(rank * share, (rank + 1) * share, args.micro_batch):
-            yield batch[first : first + args.micro_batch]
+    share = args.batch_size // world
+    for step in range(start, args.steps):
+        first = step * args.batch_size + rank * share
+        for k in range(first, first + share, args.micro_batch):
+            yield [shuffled(i // length)[i % length] for i in range(k, k + args.micro_batch)]
 
 
 def read_ahead(data, keys, pin):
     """The batches of these keys; a thread reads and pins the next ones while the device works."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = []
-        for chosen in keys:
-            waiting.append(pool.submit(data.read, chosen, pin))
-            if len(waiting) > 3:
-                yield waiting.pop(0).result()
-        for batch in waiting:
-            yield batch.result()
+        coming = (pool.submit(data.read, chosen, pin) for chosen in keys)
+        waiting = list(itertools.islice(coming, 3))
+        while waiting:
+            waiting += itertools.islice(coming, 1)
+            yield waiting.pop(0).result()
 
 
 def resume(method, optimizer, args, about):
@@ -445,24 +442,26 @@ def resume(method, optimizer, args, about):
     before = {**json.loads(json.dumps(vars(parse_args([])))), **saved["args"]}
     changed = [key for key in about if key not in FREE and before.get(key) != about[key]]
     if changed and not args.allow_changes:
-        flags = ", ".join(f"--{key.replace('_', '-')} {before.get(key)}" for key in changed)
+        flags = [f"--{k.removesuffix('_hash').replace('_', '-')} {before.get(k)}" for k in changed]
         advice = "use these, or another --out, or --allow-changes"
-        raise UserError(f"{path} was made with {flags}: {advice}")
+        raise UserError(f"{path} was made with {', '.join(flags)}: {advice}")
     models.load_state(method, saved["method"], path)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
 
 
-def save_checkpoint(method, optimizer, step, args, about):
+def save_checkpoint(method, optimizer, args, about, automatic=False):
+    """As STEP.pt, or as autosave.pt, which stays until the next STEP.pt."""
     folder = Path(args.out, "checkpoints")
-    for unfinished in folder.glob(".*.tmp"):  # of a run that was killed
-        unfinished.unlink()
-    state = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
-    content = {**state, "step": step, "args": about}
-    write_atomically(folder / f"{step:07d}.pt", lambda file: torch.save(content, file))
-    if args.keep > 0:
-        for older in sorted(folder.glob("[0-9]*.pt"), key=os.path.getmtime)[: -args.keep]:
-            older.unlink()
+    name = "autosave" if automatic else f"{method.step:07d}"
+    content = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
+    content |= {"step": method.step, "args": about}
+    write_atomically(folder / f"{name}.pt", lambda file: torch.save(content, file))
+    old = sorted(folder.glob("[0-9]*.pt"), key=os.path.getmtime)[: -args.keep]  # none for 0
+    old += folder.glob(".*.tmp")  # of a run that was killed
+    old += [] if automatic else folder.glob("autosave.pt")
+    for path in old:
+        path.unlink()
 
 
 def draw_samples(method, diffusion, data, args, step, device):
@@ -475,17 +474,6 @@ def draw_samples(method, diffusion, data, args, step, device):
         images = data.vae.decode(images / args.vae_scale)
     path = Path(args.out, "samples", f"{step:07d}.png")
     models.write_grid(path, models.to_uint8(images), columns)
-
-
-def check_finite(history, names, step, rank):
-    """Stops the run if terms of the last steps are not finite, before anything is saved."""
-    for k, row in enumerate(torch.stack(history).tolist(), step + 1 - len(history)):
-        if not all(map(math.isfinite, row)):
-            terms = ", ".join(f"{name} {value:g}" for name, value in zip(names, row))
-            print(f"not finite: step {k}, rank {rank}: {terms}", file=sys.stderr, flush=True)
-            if dist.is_initialized() and not math.isfinite(row[-1]):
-                dist.barrier()  # the gradient norm is the same on all ranks: all come here
-            sys.exit(1)
 
 
 def build(method_cls, args, device, world):
@@ -504,6 +492,11 @@ def build(method_cls, args, device, world):
     torch.manual_seed(args.seed)
     method = method_cls(args, network, diffusion).to(device)
     about = {**vars(args), "script": Path(sys.argv[0]).name, "network": method.model.config}
+    git = f"cd '{Path(__file__).parent}' && git describe --always --dirty --abbrev=40 2>/dev/null"
+    run = {"command": sys.argv, "date": time.strftime("%F %T %z"), "host": os.uname().nodename}
+    run |= {"commit": subprocess.getoutput(git), "threads": torch.get_num_threads()}
+    run |= {"python": sys.version, "torch": torch.__version__, "numpy": np.__version__}
+    about["run"] = {**run, "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None}
     return data, diffusion, method, json.loads(json.dumps(about))  # plain, as it is read again
 
 
@@ -521,22 +514,22 @@ def main(method_cls, args):
     try:
         data, diffusion, method, about = build(method_cls, args, device, world)
         parameters = [p for p in method.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True)
+        betas = (0.9, args.beta2)
+        optimizer = torch.optim.AdamW(parameters, args.lr, betas, weight_decay=0.0, fused=True)
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "w")  # the system ends the lock with the process
         if rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        step = resume(method, optimizer, args, about)
+        step = method.step = resume(method, optimizer, args, about)
         data.make_shards(device, rank, world)
     except UserError as error:
         models.fail(error)
     except OSError as error:
         models.fail(f"--out {out} is in use by another run, or it or --cache is no folder: {error}")
     wrapped = method
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in torch 2.13
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        wrapped = nn.parallel.DistributedDataParallel(method, **options)
+        wrapped = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # none changes
     method.model.checkpointing = args.checkpointing
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # compiled one by one: nothing to split
@@ -544,75 +537,82 @@ def main(method_cls, args):
             block.compile()
     accumulate = args.batch_size // (world * args.micro_batch)
     if rank == 0:
-        sizes = f"{world} processes x {accumulate} micro-batches x {args.micro_batch}"
-        millions = sum(p.numel() for p in parameters) / 1e6
-        print(f"batch {args.batch_size} = {sizes}; {millions:.1f} M parameters", flush=True)
-        hardware = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
-        about_run = {"torch": torch.__version__, "hardware": hardware, "processes": world}
+        parts = (
+            f"{accumulate} micro-batches of {args.micro_batch} images on each of {world} processes"
+        )
+        print(f"{sum(p.numel() for p in parameters):,} parameters; {parts}", flush=True)
         log = open(out / "log.jsonl", "a", buffering=1)
-        print(json.dumps({"start": step, "command": sys.argv, **about_run, **about}), file=log)
+        print(json.dumps({"start": step, "processes": world, **about}), file=log)
     signals = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, lambda *_: signals.append(True))
     batches = read_ahead(data, micro_batches(len(data.files), args, rank, world, step), cuda)
     trained, averaged = list(method.model.parameters()), list(method.ema.parameters())
-    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
-    history, timer, stopping = [], time.perf_counter(), False
-    while step < args.steps and not stopping:
-        stop = torch.tensor([len(signals), step, -step])  # all ranks agree while the step is made
-        agreement = dist.all_reduce(stop, dist.ReduceOp.MAX, async_op=True) if world > 1 else None
-        torch.manual_seed(seed_of(args.seed, rank, step))
-        method.step = step
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-        rows = []
-        for micro in range(1, accumulate + 1):
-            x0, y = (part.to(device, non_blocking=True) for part in next(batches))
-            wrapped.require_backward_grad_sync = micro == accumulate
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                terms = wrapped(data.prepare(x0), y)
-            (terms["loss"] / accumulate).backward()
-            rows.append(torch.stack([value.detach().float() for value in terms.values()]))
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if args.clip_grad:
-            nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema_decay, (1 + step) / (10 + step) if args.ema_warmup else 1.0)
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - decay)
-            method.after_step(step, args.steps)
-        history.append(torch.cat([torch.stack(rows).mean(0), norm.detach().float()[None]]))
-        step += 1
-        bar.update()
-        if agreement:
-            agreement.wait()
-        stopping = bool(stop[0])
-        assert stop[1] == -stop[2], f"--out {out}: not the same folder for all processes"
-        ending = stopping or step == args.steps
-        logging = ending or (args.log_every and step % args.log_every == 0)
-        sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
-        saving = ending or (args.save_every and step % args.save_every == 0)
-        if logging or sampling or saving:
-            names = [*terms, "grad_norm"]
-            check_finite(history, names, step, rank)
-        if logging:
-            means = torch.stack(history).mean(0)
-            if world > 1:
-                dist.all_reduce(means)
-            row = dict(zip(names, (means / world).tolist()))
-            row["images_per_s"] = len(history) * args.batch_size / (time.perf_counter() - timer)
-            bar.set_postfix({"loss": row["loss"], "img/s": row["images_per_s"]})
-            row |= {"lr": group["lr"], "epoch": step * args.batch_size / len(data.files)}
-            if rank == 0:
-                print(json.dumps({"step": step, **row}), file=log)
-            history = []
-        if rank == 0 and saving:
-            save_checkpoint(method, optimizer, step, args, about)
-        if rank == 0 and sampling:
-            draw_samples(method, diffusion, data, args, step, device)
-        timer = time.perf_counter() if logging else timer
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=rank > 0 or None)
+    history, stopping = [], False
+    begun = timer = saved = time.perf_counter()
+    try:
+        while step < args.steps and not stopping:
+            torch.manual_seed(seed_of(args.seed, rank, step))
+            lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+            optimizer.param_groups[0]["lr"] = lr
+            rows = []
+            for micro in range(1, accumulate + 1):
+                x0, y = (part.to(device, non_blocking=True) for part in next(batches))
+                wrapped.require_backward_grad_sync = micro == accumulate
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    terms = wrapped(data.prepare(x0), y)
+                (terms["loss"] / accumulate).backward()
+                rows.append(torch.stack([value.detach().float() for value in terms.values()]))
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            decay = min(args.ema_decay, (1 + step) / (10 + step) if args.ema_warmup else 1.0)
+            with torch.no_grad():
+                torch._foreach_lerp_(averaged, trained, 1 - decay)
+                method.after_step(step, args.steps)
+            history.append(torch.cat([torch.stack(rows).mean(0), norm.detach().float()[None]]))
+            step = method.step = step + 1
+            bar.update()
+            stop = torch.tensor([len(signals), step, -step])
+            if world > 1:  # all end at the same step; a GPU works meanwhile
+                dist.all_reduce(stop, dist.ReduceOp.MAX)
+            stopping = bool(stop[0])
+            assert stop[1] == -stop[2], f"--out {out}: not the same folder for all processes"
+            ending = stopping or step == args.steps
+            logging = ending or (args.log_every and step % args.log_every == 0)
+            sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
+            saving = ending or (args.save_every and step % args.save_every == 0)
+            if logging or sampling or saving:
+                names = [*terms, "grad_norm"]
+                for k, values in enumerate(torch.stack(history).tolist(), step + 1 - len(history)):
+                    if not all(map(math.isfinite, values)):
+                        sys.exit(f"not finite: step {k}, rank {rank}: {dict(zip(names, values))}")
+            if logging:
+                means = torch.stack(history).mean(0)
+                if world > 1:
+                    dist.all_reduce(means)
+                row = dict(zip(names, (means / world).tolist()))
+                row["images_per_s"] = len(history) * args.batch_size / (time.perf_counter() - timer)
+                row |= {"lr": lr, "epoch": step * args.batch_size / len(data.files)}
+                row |= {"time": time.strftime("%F %T"), "seconds": time.perf_counter() - begun}
+                if rank == 0:
+                    print(json.dumps({"step": step, **row}), file=log)
+                    text = f"step {step}: loss {row['loss']:.4f}, {row['images_per_s']:.0f} img/s"
+                    bar.write(text, file=sys.stderr)
+                history = []
+            late = logging and time.perf_counter() - saved > 60 * args.save_minutes
+            if rank == 0 and (saving or late):
+                save_checkpoint(method, optimizer, args, about, automatic=not saving)
+                saved = time.perf_counter()
+            if rank == 0 and sampling:
+                draw_samples(method, diffusion, data, args, step, device)
+            timer = time.perf_counter() if logging else timer
+    except Exception:  # whatever it is: what is trained is kept
+        if rank == 0 and all(row.isfinite().all() for row in history):
+            save_checkpoint(method, optimizer, args, about, automatic=True)
+        raise
     bar.close()
     if rank == 0:
         print(f"step {step} of {args.steps}, in {out}", flush=True)

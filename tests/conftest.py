@@ -314,7 +314,7 @@ def terminate_after(step, script="train_sra", number=signal.SIGTERM):
 
 
 def outcome(capfd, script, *flags):
-    """Exit code and lines on stderr, Python's warnings with them, progress bars without."""
+    """Exit code and lines on stderr, Python's warnings with them, progress without."""
     capfd.readouterr()
     code = 0
     with warnings.catch_warnings(record=True) as caught:
@@ -323,7 +323,8 @@ def outcome(capfd, script, *flags):
             call(script, *flags)
         except SystemExit as stop:
             code = stop.code
-    lines = [line for line in capfd.readouterr().err.split("\n") if line and "\r" not in line]
+    lines = capfd.readouterr().err.split("\n")
+    lines = [line for line in lines if line and "\r" not in line and not line.startswith("step ")]
     silent = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
     shown = [str(w.message) for w in caught if not issubclass(w.category, silent)]
     return code, shown + lines
@@ -465,7 +466,8 @@ def log_lines(out):
     """log.jsonl without the records of starts and without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "step" in line]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+    clock = ("images_per_s", "time", "seconds")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
 def logged(out, step):

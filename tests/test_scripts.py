@@ -39,7 +39,7 @@ def functions(text):
 def scaffold(text):
     """A script without docstring, method block (with DEFAULTS) and the name of its method."""
     text = re.sub(r'\A""".*?"""\n', "", text, flags=re.S)
-    text, blocks = re.subn(r"^# --- method.*?^# --- end method\n", "", text, flags=re.S | re.M)
+    text, blocks = re.subn(r"^# --- method.*?^# --- end method.*?\n", "", text, flags=re.S | re.M)
     text, calls = re.subn(r"^    main\(\w+, parse_args\(\)\)$", "    main()", text, flags=re.M)
     assert blocks == calls == 1
     return text.strip()

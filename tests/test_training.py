@@ -3,6 +3,8 @@
 The other scripts share it byte for byte; test_end_to_end.py runs all of them.
 """
 
+import json
+import math
 import os
 import random
 import signal
@@ -21,6 +23,7 @@ from conftest import (
     as_rank,
     assert_same,
     assert_same_run,
+    call,
     checkpoint,
     checkpoint_path,
     close,
@@ -42,6 +45,7 @@ from conftest import (
 )
 from PIL import Image
 
+import models
 import train_sra
 from train_sra import SRA, center_crop, draw_shape, micro_batches, parse_args
 
@@ -87,6 +91,72 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert saved_steps(tmp_path) == [10, 12]
 
 
+def test_autosave_is_the_newest_until_the_next_checkpoint(tmp_path):
+    """By time, here after every line of the log; a run that was killed goes on from it."""
+    seen = []
+
+    class Watched(SRA):
+        def after_step(self, step, steps):
+            seen.append(sorted(path.stem for path in (tmp_path / "checkpoints").glob("*")))
+
+    train(tmp_path, "--steps 6 --save-every 4 --log-every 1 --save-minutes 0", method=Watched)
+    last, fourth = ["autosave"], ["0000004"]
+    assert seen == [[], last, last, last, fourth, fourth + last]
+    assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_an_error_keeps_what_is_trained(tmp_path):
+    """Whatever the error is; but not weights that are not finite."""
+
+    class Broken(SRA):
+        weight_of_loss = 1.0
+
+        def forward(self, x0, y):
+            if self.step == 5:
+                raise OSError("a broken shard")
+            terms = super().forward(x0, y)
+            return {**terms, "loss": terms["loss"] * self.weight_of_loss}
+
+    class NotFinite(Broken):
+        weight_of_loss = math.nan
+
+    train(tmp_path / "a", "--steps 8")
+    for folder, method, left in (("b", Broken, ["autosave"]), ("c", NotFinite, [])):
+        with pytest.raises(OSError, match="a broken shard"):
+            train(tmp_path / folder, "--steps 8 --log-every 0", method=method)
+        assert [path.stem for path in (tmp_path / folder).glob("checkpoints/*")] == left
+    assert models.load_checkpoint(tmp_path / "b")[1]["step"] == 5
+    train(tmp_path / "b", "--steps 8")
+    assert_same_run(tmp_path / "a", tmp_path / "b", 8)
+
+
+def test_a_fork_with_another_argument_resumes_and_samples(tmp_path, monkeypatch):
+    """An argument of DiT that is an integer, 0: checkpoints are read as they were written."""
+
+    class Fork(models.DiT):
+        def __init__(self, registers=0, **network):
+            super().__init__(**network)
+            self.config |= {"registers": registers}
+
+    monkeypatch.setattr(train_sra, "DiT", Fork)
+    monkeypatch.setattr(models, "DiT", Fork)
+    for steps in (2, 4):
+        train(tmp_path, "--steps", steps)
+    call("sample", "--num 2 --steps 1 --ckpt", tmp_path, "--out", tmp_path / "samples")
+    assert saved_steps(tmp_path) == [2, 4]
+
+
+def test_the_log_says_when_where_and_with_what(tmp_path, capfd):
+    train(tmp_path, "--steps 6")
+    first, *rows = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    run = first["run"]
+    assert run["torch"] == torch.__version__ and run["host"] and run["date"][:19] <= rows[0]["time"]
+    assert len(run["commit"].removesuffix("-dirty")) in (0, 40)  # 0: not in a repository
+    assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
+    shown = capfd.readouterr().err.splitlines()  # no terminal: plain lines
+    assert [line.split(":")[0] for line in shown] == ["step 3", "step 6"]
+
+
 def test_killed_at_random_moments_nothing_is_lost(tmp_path):
     """SIGKILL, twice; tests/faults.py does it many times over, and to every script."""
     flags = f"{TINY} --steps 120 --save-every 10 --sample-every 0 --out"
@@ -121,7 +191,8 @@ def test_a_run_under_other_flags_is_refused(tmp_path, capfd):
     other = f"--data {make_folder(tmp_path / 'data')}"
     for flags in ("--seed 1", "--lr 5e-4", "--model DiT-S/8", "--align-weight 0", "--flip", other):
         flag, *_ = flags.split()
-        assert flag in one_line(capfd, "train_sra", "--steps 3", flags, "--out", tmp_path)
+        line = one_line(capfd, "train_sra", "--steps 3", flags, "--out", tmp_path)
+        assert f"{flag} " in line and "--allow-changes" in line
     train(tmp_path, "--steps 3 --lr 5e-4 --seed 1 --allow-changes")
     assert saved_steps(tmp_path) == [2, 3]
     flags = "--model DiT-S/8 --allow-changes"
@@ -292,7 +363,7 @@ def test_not_finite_on_one_rank_stops_all_and_saves_nothing(tmp_path, capfd):
     with pytest.raises(mp.ProcessExitedException):
         mp.spawn(broken_on_rank_1, (free_port(), tmp_path), nprocs=2)
     message = capfd.readouterr().err
-    for named in ("step 4, rank 1", "loss nan", "align", "grad_norm"):
+    for named in ("step 4, rank 1", "'loss': nan", "align", "grad_norm"):
         assert named in message
     assert saved_steps(tmp_path) == [2]
 
