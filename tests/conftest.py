@@ -80,20 +80,21 @@ def recipe_tensor(salt, name, shape, kind=None, gain=1.0):
 
 
 class Golden:
-    """One reference case: `inputs` and `outputs` by name, and `check(name, value)`.
+    """One reference case: `inputs` and `outputs` by name; `check` at the manifest's tolerance."""
 
-    The tolerance is the manifest's own.
-    """
+    manifest = CORE
 
     def __init__(self, case):
-        self.meta = CORE[case]
-        arrays = np.load(GOLDENS / self.meta["file"])
+        self.meta = self.manifest[case]
         self.config = self.meta.get("config", {})
+        self.checked = set()
+        self.read(np.load(GOLDENS / self.meta["file"]))
+
+    def read(self, arrays):
         self.inputs, self.outputs = (
             {name: torch.from_numpy(arrays[spec["key"]]) for name, spec in self.meta[kind].items()}
             for kind in ("inputs", "outputs")
         )
-        self.checked = set()
 
     def weights(self, salt_key="salt"):
         """State dict by the recipe, without position embeddings (the constructor's values)."""
@@ -126,19 +127,17 @@ class Golden:
 class EvalGolden(Golden):
     """A case of README_eval: inputs are drawn by its recipe, weights come with their kinds."""
 
-    def __init__(self, case):
-        self.meta = EVAL[case]
-        arrays = np.load(GOLDENS / self.meta["file"])
-        self.config = self.meta.get("config", {})
+    manifest = EVAL
+
+    def read(self, arrays):
         self.salt = self.meta["salt"]
         self.outputs = {name: torch.from_numpy(arrays[name]) for name in self.meta["outputs"]}
-        self.checked = set()
         self.inputs = {}
         for name, spec in self.meta["inputs"].items():
             if isinstance(spec, list):
                 self.inputs[name] = torch.tensor(spec)
             elif isinstance(spec, dict) and spec["rule"] == "normal":
-                self.inputs[name] = self.draw(name, spec["shape"], spec.get("case", case))
+                self.inputs[name] = self.draw(name, spec["shape"], spec.get("case"))
 
     def draw(self, name, shape, case=None):
         """An input by the recipe: standard normal float32."""
@@ -468,9 +467,7 @@ def assert_same(a, b, path=""):
         for key in a:
             assert_same(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for k, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}/{k}")
+        assert_same(dict(enumerate(a)), dict(enumerate(b)), path)
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), path
     else:
