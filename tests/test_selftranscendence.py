@@ -4,17 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import (
-    NETWORK,
-    EvalGolden,
-    close,
-    fill,
-    one_by_one,
-    save_teacher,
-    small,
-    watch,
-    words,
-)
+from conftest import NETWORK, EvalGolden, close, fill, one_by_one, save_teacher, small, watch, words
 
 from diffusion import Flow
 from models import DiT, UserError, load_official, parse_model, position_embedding
