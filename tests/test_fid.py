@@ -166,6 +166,12 @@ def test_precision_and_recall_match_reference(index):
             np.testing.assert_array_equal(np.rint(value * counts), np.rint(expected * counts))
 
 
+def test_the_border_belongs_to_the_manifold():
+    reference = torch.arange(5.0)[:, None]  # the balls around them reach from -3 to 7
+    samples = torch.tensor([[-3.0], [-3.5], [7.0], [2.5], [8.0]])
+    assert fid.in_manifold(samples, reference).tolist() == [True, False, True, True, False]
+
+
 class Means(torch.nn.Module):
     """12 features, a 2 x 2 pool of every channel."""
 
