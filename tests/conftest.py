@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -41,6 +42,8 @@ METHODS = {
 }
 CACHE = Path(tempfile.gettempdir()) / "tests.cache"
 TINY = f"--model DiT-Ti/8 --image-size 16 --batch-size 4 --lr 1e-3 --log-every 3 --cache {CACHE}"
+SMALL = {"train_mdt": "--decoder 2 16 2"}
+SMALL["train_discriminative"] = "--decoder 2 16 2 --head-width 20 --prototypes 24"
 NETWORK = {
     "input_size": 8,
     "patch_size": 2,
@@ -77,20 +80,21 @@ def recipe_tensor(salt, name, shape, kind=None, gain=1.0):
 
 
 class Golden:
-    """One reference case: `inputs` and `outputs` by name, and `check(name, value)`.
+    """One reference case: `inputs` and `outputs` by name; `check` at the manifest's tolerance."""
 
-    The tolerance is the manifest's own.
-    """
+    manifest = CORE
 
     def __init__(self, case):
-        self.meta = CORE[case]
-        arrays = np.load(GOLDENS / self.meta["file"])
+        self.meta = self.manifest[case]
         self.config = self.meta.get("config", {})
+        self.checked = set()
+        self.read(np.load(GOLDENS / self.meta["file"]))
+
+    def read(self, arrays):
         self.inputs, self.outputs = (
             {name: torch.from_numpy(arrays[spec["key"]]) for name, spec in self.meta[kind].items()}
             for kind in ("inputs", "outputs")
         )
-        self.checked = set()
 
     def weights(self, salt_key="salt"):
         """State dict by the recipe, without position embeddings (the constructor's values)."""
@@ -123,19 +127,17 @@ class Golden:
 class EvalGolden(Golden):
     """A case of README_eval: inputs are drawn by its recipe, weights come with their kinds."""
 
-    def __init__(self, case):
-        self.meta = EVAL[case]
-        arrays = np.load(GOLDENS / self.meta["file"])
-        self.config = self.meta.get("config", {})
+    manifest = EVAL
+
+    def read(self, arrays):
         self.salt = self.meta["salt"]
         self.outputs = {name: torch.from_numpy(arrays[name]) for name in self.meta["outputs"]}
-        self.checked = set()
         self.inputs = {}
         for name, spec in self.meta["inputs"].items():
             if isinstance(spec, list):
                 self.inputs[name] = torch.tensor(spec)
             elif isinstance(spec, dict) and spec["rule"] == "normal":
-                self.inputs[name] = self.draw(name, spec["shape"], spec.get("case", case))
+                self.inputs[name] = self.draw(name, spec["shape"], spec.get("case"))
 
     def draw(self, name, shape, case=None):
         """An input by the recipe: standard normal float32."""
@@ -156,11 +158,6 @@ class EvalGolden(Golden):
 @pytest.fixture
 def golden():
     return Golden
-
-
-@pytest.fixture
-def eval_golden():
-    return EvalGolden
 
 
 def official_state(golden, salt_key="salt"):
@@ -210,6 +207,38 @@ def save_vae(path, seed=0, gain=1.0, levels=4, latent_channels=4):
     return vae
 
 
+def method_class(script):
+    return getattr(importlib.import_module(script), METHODS[script])
+
+
+def small(script, flags="", **network):
+    """A method on six blocks, 3 x 8 x 8 images and ten classes; model and EMA by the recipe."""
+    from diffusion import make_diffusion
+
+    args = importlib.import_module(script).parse_args(words(SMALL.get(script, ""), flags))
+    diffusion = make_diffusion(args.diffusion)
+    own = {"depth": 6, "qk_norm": args.qk_norm, "learn_sigma": diffusion.learned_variance}
+    torch.manual_seed(0)
+    method = method_class(script)(args, {**NETWORK, **own, **network}, diffusion)
+    fill(method.model, "student")
+    fill(method.ema, "teacher")
+    return method
+
+
+def draws(method, n=4):
+    """Images, labels and all draws that the method's forward takes; the second label is dropped."""
+    generator = torch.Generator().manual_seed(1)
+    x0, noise, teacher_noise = torch.randn(3, n, 3, 8, 8, generator=generator)
+    u, drop = torch.rand(2, n, generator=generator)
+    drop = 0.1 + 0.9 * drop
+    drop[1] = 0.05
+    torch.manual_seed(2)
+    every = {"t": method.diffusion.draw_t(n, "cpu"), "noise": noise, "drop": drop, "u": u}
+    every |= {"teacher_noise": teacher_noise, "mask": torch.rand(n, 16, generator=generator)}
+    taken = inspect.signature(method.forward).parameters
+    return x0, torch.arange(n) % 10, {name: every[name] for name in every if name in taken}
+
+
 def one_by_one(method, images, labels, draws, name):
     """A term of the loss for every image alone: (N,)."""
     values = []
@@ -220,33 +249,29 @@ def one_by_one(method, images, labels, draws, name):
     return torch.stack(values).detach()
 
 
-def assert_gradients(method, frozen=("ema.",), unused=()):
-    """Every trainable parameter has a gradient that is not zero; what is frozen has none."""
-    for name, parameter in method.named_parameters():
-        if name.startswith(frozen):
-            assert parameter.grad is None and not parameter.requires_grad, name
-        else:
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-            assert name in unused or parameter.grad.abs().sum() > 0, name
+def forwards(module):
+    """What a module is given and returns: a list that grows."""
+    seen = []
+    module.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
+    return seen
 
 
-def assert_plain(method, sent, x0, y, t, draws):
-    """A method without its own terms: loss and gradients of the network trained directly.
+def watch(method, teacher):
+    """Records what the teacher is given and returns, what the student is, the head's output."""
+    seen = {"calls": 0}
+    tokens_after = teacher.tokens_after
 
-    `sent`: the labels that the network gets. Returns the loss.
-    """
-    diffusion = method.diffusion
-    terms = method(x0, y, t=t, **draws)
-    assert not any(value for name, value in terms.items() if name not in ("loss", "denoise"))
-    parameters = list(method.model.parameters())
-    own = torch.autograd.grad(terms["loss"], parameters, materialize_grads=True)
-    x_t = diffusion.add_noise(x0, draws["noise"], t)
-    out = method.model(*diffusion.net_inputs(x_t, t), sent)
-    direct = diffusion.loss(out, x0, draws["noise"], t).mean()
-    assert torch.equal(terms["loss"], direct)
-    expected = torch.autograd.grad(direct, parameters, materialize_grads=True)
-    assert all(torch.equal(a, b) for a, b in zip(own, expected))
-    return direct
+    def recorded(x, t, y, block):
+        seen.update(x=x, t=t, y=y, tokens=tokens_after(x, t, y, block), calls=seen["calls"] + 1)
+        return seen["tokens"]
+
+    def student(module, inputs, output):
+        seen.update(x_t=inputs[0], t_s=inputs[1], y_student=inputs[2], out=output[0])
+
+    teacher.tokens_after = recorded
+    method.head.register_forward_hook(lambda module, inputs, output: seen.update(projected=output))
+    method.model.register_forward_hook(student)
+    return seen
 
 
 # Images
@@ -269,10 +294,6 @@ def make_folder(path, classes=("ant", "bee"), each=4, size=20):
 def words(*flags):
     """Flags of a command line; a string may hold several."""
     return " ".join(map(str, flags)).split()
-
-
-def method_class(script):
-    return getattr(importlib.import_module(script), METHODS[script])
 
 
 def call(script, *flags, method=None):
@@ -447,9 +468,7 @@ def assert_same(a, b, path=""):
         for key in a:
             assert_same(a[key], b[key], f"{path}/{key}")
     elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for k, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{path}/{k}")
+        assert_same(dict(enumerate(a)), dict(enumerate(b)), path)
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a, b), path
     else:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL, ROOT, STATE_DICTS, recipe_draw, recipe_tensor
+from conftest import EVAL, ROOT, STATE_DICTS, EvalGolden, one_line, recipe_draw, recipe_tensor
 from PIL import Image
 
 import fid
@@ -45,8 +45,8 @@ def inception_images(case):
 
 
 @pytest.mark.parametrize("size", [64, 256, 299, 400])
-def test_inception_matches_both_reference_codes(size, inception, eval_golden):
-    golden = eval_golden(f"inception_s{size}")
+def test_inception_matches_both_reference_codes(size, inception):
+    golden = EvalGolden(f"inception_s{size}")
     images = inception_images(f"inception_s{size}")
     golden.check("resize_tf1_slice", fid.resize_tf1(images)[:, :, ::23, ::29])
     golden.check("resize_torch_slice", fid.resize_pytorch_fid(images)[:, :, ::23, ::29])
@@ -87,8 +87,8 @@ def frechet_pair(pair, golden):
     return stats
 
 
-def test_frechet_distance_matches_reference(eval_golden):
-    golden = eval_golden("frechet")
+def test_frechet_distance_matches_reference():
+    golden = EvalGolden("frechet")
     pairs = [frechet_pair(pair, golden) for pair in golden.meta["pairs"]]
     distances = [fid.frechet_distance(*pair) for pair in pairs]
     for code in ("pytorch_fid", "torch_fidelity", "symmetric_reference"):
@@ -117,8 +117,8 @@ def test_distance_of_features(counts):
     assert fid.frechet_distance(mu1, sigma1, mu2, sigma1) == pytest.approx(means, abs=1e-9)
 
 
-def test_inception_score_matches_reference(eval_golden):
-    golden = eval_golden("isc_prc")
+def test_inception_score_matches_reference():
+    golden = EvalGolden("isc_prc")
     tolerance = golden.meta["tolerance"]
     logits = 2 * recipe_draw(golden.salt, "isc_prc", "logits").standard_normal((257, 40))
     logits[:, 0] += 1
@@ -142,9 +142,9 @@ def test_inception_score_matches_reference(eval_golden):
 
 
 @pytest.mark.parametrize("index", range(3))
-def test_precision_and_recall_match_reference(index, eval_golden):
+def test_precision_and_recall_match_reference(index):
     """All columns but the last, which emulates ADM's float16 distances."""
-    golden = eval_golden("isc_prc")
+    golden = EvalGolden("isc_prc")
     pair = golden.meta["prc"][index]
     name = pair["name"]
     sets = {}
@@ -166,15 +166,10 @@ def test_precision_and_recall_match_reference(index, eval_golden):
             np.testing.assert_array_equal(np.rint(value * counts), np.rint(expected * counts))
 
 
-def test_closed_forms_of_score_precision_and_recall():
-    assert fid.inception_score(torch.zeros(10, 7)) == pytest.approx(1)
-    logits = 200 * torch.eye(7)[[0, 1, 2, 3, 4, 4]]
-    assert fid.inception_score(logits, chunk=4) == pytest.approx(2.5)  # chunks of score 4 and 1
-    reference = torch.arange(5.0)[:, None]
-    assert fid.neighbour_radii(reference).tolist() == [3, 2, 2, 2, 3]
-    samples = torch.tensor([[-3.0], [-3.5], [7.0], [2.5], [8.0]])  # the manifold is [-3, 7]
+def test_the_border_belongs_to_the_manifold():
+    reference = torch.arange(5.0)[:, None]  # the balls around them reach from -3 to 7
+    samples = torch.tensor([[-3.0], [-3.5], [7.0], [2.5], [8.0]])
     assert fid.in_manifold(samples, reference).tolist() == [True, False, True, True, False]
-    assert fid.precision_recall(samples, reference) == (0.6, 1)
 
 
 class Means(torch.nn.Module):
@@ -349,58 +344,28 @@ def test_batch_size_and_processes_do_not_matter(work, run, official, tmp_path):
             assert other[name] == pytest.approx(one[name], rel=1e-6)
 
 
-BAD = {  # arguments, and what is said
-    "missing": ("absent b.npz", "absent is neither a folder"),
-    "cut npz": ("cut.npz b.npz", "cut.npz is neither a folder"),
-    "no images": ("empty b.npz", "empty: 0 images"),
-    "floats": ("float.npz b.npz", "float.npz must be uint8"),
-    "corrupt image": ("corrupt b.npz", "corrupt/2.png"),
-    "sizes": ("sizes b.npz", "one size: sizes/1.png"),
-    "16 bits": ("deep b.npz", "deep/0.png (it is not 8-bit"),
-    "latents": ("latents b.npz", "latents/00000.npy"),
-    "num": ("a b.npz --num 42", "--num 42, but a holds 41 images"),
-    "dimension": ("a dim5.npz --metrics fid", "dimensions"),
-    "shape": ("flat.npz flat.npz --metrics fid", "dimensions"),
-    "other features": ("a other.npz", "other.npz holds statistics of other features"),
-    "features": ("a b.npz --features weights.pth", "cannot load weights.pth"),
-    "weights": ("a b.npz --inception weights.pth", "cannot load weights.pth"),
-    "two networks": ("a b.npz --features features.pt --resize pytorch-fid", "leave out"),
-    "no reference": ("a", "give either SAMPLES REFERENCE"),
-    "save over": ("a --save-stats a.npz", "--save-stats a.npz: give a new name"),
+BAD = {  # arguments, and what is said; see test_bad_input.py, too
+    "empty b.npz": "empty: 0 images",
+    "latents b.npz": "latents/00000.npy",
+    "a flat.npz --metrics fid": "dimensions",
+    "a other.npz": "other.npz holds statistics of other features",
+    "a b.npz --inception weights.pth": "cannot load weights.pth",
+    "a b.npz --resize pytorch-fid": "leave out",
+    "a": "give either SAMPLES REFERENCE",
+    "a --save-stats a.npz": "--save-stats a.npz: give a new name",
 }
 
 
-@pytest.fixture(scope="module")
-def bad(work):
-    path, a, _ = work
-    image = Image.fromarray(a[0])
-    for folder in ("empty", "latents", "corrupt", "sizes", "deep"):
-        (path / folder).mkdir()
-    np.save(path / "latents" / "00000.npy", np.zeros((4, 2, 8, 2, 2), np.float16))
-    for folder in ("corrupt", "sizes", "deep"):
-        for i in range(4):
-            image.save(path / folder / f"{i}.png")
-    (path / "corrupt" / "2.png").write_bytes(b"not a png")
-    image.resize((9, 8)).save(path / "sizes" / "1.png")
-    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(path / "deep" / "0.png")
-    (path / "cut.npz").write_bytes((path / "a.npz").read_bytes()[:3000])
-    np.savez(path / "float.npz", a.astype(np.float32))
-    np.savez(path / "dim5.npz", mu=np.zeros(5), sigma=np.eye(5))
-    np.savez(path / "flat.npz", mu=np.zeros(5), sigma=np.ones(5))
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_line(line, work, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a.npz", "b.npz", "features.pt", "weights.pth"):
+        (tmp_path / name).symlink_to(work[0] / name)
+    for folder in ("empty", "latents"):
+        (tmp_path / folder).mkdir()
+    np.save("latents/00000.npy", np.zeros((4, 2, 8, 2, 2), np.float16))
+    np.savez("flat.npz", mu=np.zeros(12), sigma=np.ones(12))
     features = json.dumps({"file": "features.pt", "sha256": "0", "resize": None})
-    np.savez(path / "other.npz", mu=np.zeros(12), sigma=np.eye(12), features=features)
-    return path
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(name, bad, monkeypatch, capsys):
-    monkeypatch.chdir(bad)
-    line, text = BAD[name]
-    argv = [*line.split(), "--device", "cpu"]
-    if not {"--features", "--inception"} & set(argv):
-        argv += ["--features", "features.pt"]
-    with pytest.raises(SystemExit) as stop:
-        fid.main(argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
-    assert err.startswith("fid.py: error: ") and text in err, err
+    np.savez("other.npz", mu=np.zeros(12), sigma=np.eye(12), features=features)
+    flags = "" if "--inception" in line else "--features features.pt"
+    assert BAD[line] in one_line(capfd, "fid", line, flags)

@@ -1,20 +1,10 @@
 """train_sra.py's method against the values of the official code, and its own rules."""
 
-import pytest
 import torch
-from conftest import (
-    NETWORK,
-    assert_gradients,
-    assert_plain,
-    fill,
-    official_state,
-    one_by_one,
-    words,
-)
+from conftest import draws, official_state, one_by_one, small, watch, words
 
-from diffusion import DDPM, Flow, make_diffusion
-from models import UserError
-from train_sra import DISTANCES, SRA, alignment_blocks, alignment_weight, parse_args, teacher_time
+from diffusion import DDPM, Flow
+from train_sra import DISTANCES, SRA, alignment_blocks, alignment_weight, parse_args
 
 
 def method_for(golden, diffusion, flags=""):
@@ -36,35 +26,17 @@ def method_for(golden, diffusion, flags=""):
     return method.train()
 
 
-def watch(method):
-    """Records what the teacher is given and returns, and the student's projected features."""
-    seen = {}
-    tokens_after = method.ema.tokens_after
-
-    def teacher(x, t, y, block):
-        seen.update(x=x, t=t, y=y, tokens=tokens_after(x, t, y, block))
-        return seen["tokens"]
-
-    def student(module, inputs, output):
-        seen.update(x_t=inputs[0], t_s=inputs[1], out=output[0])
-
-    method.ema.tokens_after = teacher
-    method.head.register_forward_hook(lambda module, inputs, output: seen.update(projected=output))
-    method.model.register_forward_hook(student)
-    return seen
-
-
 def test_sra_loss(golden):
     g = golden("sra_loss")
     i, flow = g.inputs, Flow()
     x0, y = i["x0"], i["y"]
-    draws = {"t": i["t"], "noise": i["noise"], "u": i["u"], "drop": torch.ones(4)}
-    dropped = {**draws, "drop": i["drop_u"]}
+    fixed = {"t": i["t"], "noise": i["noise"], "u": i["u"], "drop": torch.ones(4)}
+    dropped = {**fixed, "drop": i["drop_u"]}
     method = method_for(g, flow, "--label-drop 0.1")
-    g.check("denoising_loss", one_by_one(method, x0, y, draws, "denoise"))
+    g.check("denoising_loss", one_by_one(method, x0, y, fixed, "denoise"))
     g.check("denoising_loss_drop", one_by_one(method, x0, y, dropped, "denoise"))
-    seen = watch(method)
-    terms = method(x0, y, **draws)
+    seen = watch(method, method.ema)
+    terms = method(x0, y, **fixed)
     g.check("align_sml1", terms["align"])
     assert torch.isclose(terms["denoise"], g.outputs["denoising_loss"].mean(), rtol=1e-4)
     assert torch.isclose(terms["loss"], terms["denoise"] + 0.2 * terms["align"])
@@ -80,7 +52,7 @@ def test_sra_loss(golden):
     g.check("align_sml1_drop", method(x0, y, **dropped)["align"])
     g.check("teacher_labels_drop", seen["y"])
     cosine = method_for(g, flow, "--align-distance cosine-token")
-    g.check("align_cos", cosine(x0, y, **draws)["align"])
+    g.check("align_cos", cosine(x0, y, **fixed)["align"])
     g.check("align_cos_drop", cosine(x0, y, **dropped)["align"])
     g.all_checked()
 
@@ -90,11 +62,11 @@ def test_sra_dit_loss(golden):
     i, ddpm = g.inputs, DDPM()
     x0, y, t, noise = i["x0"], i["y"], i["t"], i["noise"]
     u = (i["k"] + 0.5) / 200  # the draw that becomes the golden's integer offset
-    draws = {"t": t, "noise": noise, "u": u, "drop": torch.ones(5)}
+    fixed = {"t": t, "noise": noise, "u": u, "drop": torch.ones(5)}
     method = method_for(g, ddpm, "--diffusion ddpm --align-weight 0.04")
-    g.check("loss", one_by_one(method, x0, y, draws, "denoise"))
-    seen = watch(method)
-    terms = method(x0, y, **draws)
+    g.check("loss", one_by_one(method, x0, y, fixed, "denoise"))
+    seen = watch(method, method.ema)
+    terms = method(x0, y, **fixed)
     g.check("align_loss", terms["align"])
     assert torch.isclose(terms["loss"], terms["denoise"] + 0.04 * terms["align"])
     g.check("x_t", seen["x_t"])
@@ -151,40 +123,12 @@ def test_published_blocks():
     assert [alignment_blocks(d, True) for d in (12, 24, 28)] == [(3, 7), (6, 14), (8, 16)]
 
 
-def test_teacher_time():
-    """t' <= t, also at a gap of 0; DDPM stays in 1 .. 999."""
-    torch.manual_seed(0)
-    t, u = torch.rand(2, 100_000)
-    earlier = teacher_time(t, u, 0.2)
-    assert (earlier <= t).all() and (earlier >= 0).all() and torch.equal(teacher_time(t, u, 0.0), t)
-    steps = DDPM().draw_t(100_000, "cpu")
-    earlier = teacher_time(steps, u, 0.2)
-    assert earlier.dtype == torch.int64 and earlier.min() == 1 and (steps - earlier).max() == 199
-
-
 # The method's own rules
 
 
-def small(flags=""):
-    args = parse_args(words(flags))
-    diffusion = make_diffusion(args.diffusion)
-    torch.manual_seed(0)
-    network = {**NETWORK, "depth": 6, "learn_sigma": diffusion.learned_variance}
-    method = SRA(args, network, diffusion)
-    fill(method.model, "student")
-    fill(method.ema, "teacher")
-    return method
-
-
-def draws():
-    generator = torch.Generator().manual_seed(1)
-    x0, noise = torch.randn(2, 4, 3, 8, 8, generator=generator)
-    drop = torch.tensor([0.5, 0.01, 0.5, 0.5])  # the second label is dropped
-    return x0, torch.tensor([0, 3, 9, 1]), {"noise": noise, "drop": drop}
-
-
 def test_align_decay_uses_the_step_of_the_loop():
-    method, (x0, y, fixed) = small("--align-decay 10 100"), draws()
+    method = small("train_sra", "--align-decay 10 100")
+    x0, y, fixed = draws(method)
     for step, weight in ((10, 0.2), (110, 0.02)):
         method.step = step
         terms = method(x0, y, **fixed)
@@ -192,41 +136,10 @@ def test_align_decay_uses_the_step_of_the_loop():
 
 
 def test_without_head_features_meet_features():
-    method, (x0, y, fixed) = small("--head none"), draws()
-    seen = watch(method)
+    method = small("train_sra", "--head none")
+    x0, y, fixed = draws(method)
+    seen = watch(method, method.ema)
     terms = method(x0, y, **fixed)
     _, features = method.model(seen["x_t"], seen["t_s"], seen["y"], features=(2,))
     assert method.student_block == 2 and not list(method.head.parameters())
     assert torch.isclose(terms["align"], DISTANCES["smooth-l1"](features[2], seen["tokens"]))
-
-
-@pytest.mark.parametrize("kind", ["flow", "gvp", "ddpm"])
-def test_every_trainable_parameter_has_a_gradient_and_the_teacher_none(kind):
-    method, (x0, y, _) = small(f"--diffusion {kind}"), draws()
-    ran = []
-    for k, block in enumerate(method.ema.blocks, 1):
-        block.register_forward_hook(lambda *_, k=k: ran.append(k))
-    method(x0, y)["loss"].backward()
-    assert_gradients(method)
-    assert ran == list(range(1, method.teacher_block + 1))  # the teacher stops at its block
-
-
-@pytest.mark.parametrize("kind", ["flow", "gvp", "edm", "ddpm"])
-def test_weight_zero_is_the_plain_model(kind):
-    """No head, no teacher pass; SRA's own denoising term is the same."""
-    plain, (x0, y, fixed) = small(f"--diffusion {kind} --align-weight 0"), draws()
-    assert not hasattr(plain, "head")
-    plain.ema.tokens_after = None  # a call would fail
-    t = plain.diffusion.draw_t(4, "cpu")
-    direct = assert_plain(plain, torch.tensor([0, 10, 9, 1]), x0, y, t, fixed)
-    if kind != "edm":
-        assert torch.equal(small(f"--diffusion {kind}")(x0, y, t=t, **fixed)["denoise"], direct)
-
-
-UNFIT = ["--diffusion edm", "--student-block 5 --teacher-block 4", "--align-decay 5 0"]
-
-
-@pytest.mark.parametrize("flags", UNFIT)
-def test_impossible_flags_are_refused(flags):
-    with pytest.raises(UserError, match=flags.split()[0]):
-        small(flags)
