@@ -1,20 +1,22 @@
 r"""Vanilla and the five methods side by side: same encoder, images, batch, learning rate, EMA, seed
 and sampler, equal steps. README.md beside this file has protocol, results, and how to read them.
 
+    python tests/comparison/compare.py --train cifar10-train.zip --seeds 0 1 2 --ablations \
+        --jobs 2 --threads 1 --only train
     python tests/comparison/compare.py --train cifar10-train.zip --test cifar10-test.zip \
-        --features features.pt --jobs 2 --threads 1 --ablations
+        --features features.pt --seeds 0 1 2 --ablations --only measure
     python tests/comparison/compare.py --report    # no runs: what is there, collected once more
 
---ablations adds the runs that would give a wrong implementation away; --seeds 0 1 repeats all with
-two seeds. The archives hold SPLIT/CLASS/NAME.jpg: the first --per-class images of each class (by
-name) are trained on, all test images are the reference. --features is a classifier without its last
-layer, as cifar10_features.py saves it beside its accuracy. The distance is Frechet's in the space
-of these features: it is not FID, and compares with nothing but itself.
+--ablations adds, with the first seed, the runs that decide something. The archives hold
+SPLIT/CLASS/NAME.jpg: the first --per-class images of each class (by name; 0: all) are trained on,
+all test images are the reference. --features is a classifier without its last layer, as
+cifar10_features.py saves it beside its accuracy. The distance is Frechet's in the space of these
+features: it is not FID, and compares with nothing but itself.
 
-Every run is a command of a training script. sample.py draws --num images of the EMA at each quarter
-of the steps (ablations: each half), without guidance, from the same noise and labels for all runs;
-fid.py measures them. Seconds are those of training, from log.jsonl, without sampling and saving;
-what else the machine did at that time is in them, so that small differences mean nothing.
+Every run is a command of a training script, with a checkpoint at each quarter of the steps.
+Measuring is done for the checkpoints that are there, and may run beside the training: sample.py
+draws --num images of the last EMA, without guidance, from the same noise and labels for all runs;
+fid.py measures them.
 
 The same command goes on where it was stopped: what is finished is not repeated, and a training run
 continues from its last checkpoint. --out keeps to one protocol: other settings, archives or
@@ -47,8 +49,8 @@ from train_sra import center_crop
 
 ROOT = Path(__file__).resolve().parents[2]
 PER_PICTURE = 12  # seeds of the grid
-FIXED = """image_size per_class model steps batch_size lr warmup num solver_steps threads
-    train_flags""".split()
+TRAINING = "image_size per_class model steps batch_size lr warmup threads train_flags".split()
+MEASURING = ["num", "solver_steps"]
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Run:
 
 def plan(a, seed):
     """{name: Run}, each behind those that it needs."""
-    n, tuning, runs = a.steps, a.steps // 20, {}
+    n, tuning, runs = a.steps, a.steps // 8, {}
     sra, mdt, diverse = "train_sra.py", "train_mdt.py", "train_diversedit.py"
     sd, transcend = "train_discriminative.py", "train_selftranscendence.py"
     edm = ["--diffusion", "edm"]
@@ -92,10 +94,8 @@ def plan(a, seed):
 
     first = f"Self-Transcendence, after {n // 2} of stage 1"
     stage2 = ["--stage", 2, "--teacher", checkpoint("stage1", n // 2), "--stop-step", n // 4]
-    tuned = [*edm, *unmasked, "--init-from", checkpoint("maskdit", n - tuning), "--lr", a.lr / 2]
-    decay = (n - tuning + 1) / (n - tuning + 10)  # as if its step were that of MaskDiT
-    tuned += ["--warmup", 0, "--no-ema-warmup", "--ema-decay", decay]
-    plain = [*teacher, *alone, *unmasked]
+    tuned = [*edm, *unmasked, "--init-from", checkpoint("maskdit", n - tuning)]
+    tuned += ["--lr", a.lr / 2, "--warmup", 0]  # the EMA starts anew: it warms up again
 
     add("stage1", "Self-Transcendence, stage 1 alone", transcend, ["--stage", 1], (n // 2, n))
     add("vanilla", "vanilla, flow", sra, alone, colour="#000000")
@@ -103,7 +103,7 @@ def plan(a, seed):
     add("sra", "SRA", sra, [], colour="#0072b2")
     add("maskdit", "MaskDiT", mdt, edm, (n - tuning, n), colour="#e69f00")
     continued = {"after": ("maskdit", n - tuning), "offset": n - tuning, "colour": "#8c6000"}
-    add("maskdit_tuned", "MaskDiT, last 5 % unmasked", mdt, tuned, (tuning,), **continued)
+    add("maskdit_tuned", "MaskDiT, last eighth unmasked", mdt, tuned, (tuning,), **continued)
     add("sddit", "SD-DiT", sd, teacher, colour="#cc79a7")
     after = ("stage1", n // 2)
     add("selftranscendence", first, transcend, stage2, after=after, colour="#009e73")
@@ -113,21 +113,19 @@ def plan(a, seed):
     add("diversedit_no_loss", "DiverseDiT without loss", diverse, ["--diversity-weight", 0])
     short = ["--long-residual", "none"]
     add("diversedit_no_residuals", "DiverseDiT without residuals", diverse, short)
-    add("maskdit_no_mae", "MaskDiT without reconstruction", mdt, [*edm, "--mae-weight", 0])
     add("sddit_no_loss", "SD-DiT without its loss, masked", sd, [*teacher, *alone])
-    add("sddit_plain", "SD-DiT's network, nothing hidden, no loss", sd, plain)
     for run in runs.values():
         steps = [n * k // 4 - run.offset for k in ((1, 2, 3, 4) if run.colour else (2, 4))]
         run.measured = tuple(step for step in steps if 0 < step <= run.steps[-1])
     return runs
 
 
-def chosen(a, seed):
+def chosen(a, seed, ablations=False):
     """Those that are asked for, and what they need; of a run that is only needed, no more."""
     runs = plan(a, seed)
     if set(a.runs or ()) - set(runs):
         sys.exit(f"--runs {' '.join(a.runs)}: choose from {', '.join(runs)}")
-    asked = a.runs or [name for name, run in runs.items() if a.ablations or run.colour]
+    asked = a.runs or [name for name, run in runs.items() if ablations or run.colour]
     needed = dict(run.after for name, run in runs.items() if name in asked and run.after)
     for name in set(needed) - set(asked):
         runs[name].steps, runs[name].measured = (needed[name],), ()
@@ -136,11 +134,10 @@ def chosen(a, seed):
 
 def words(a, name, run, seed, steps):
     """The training command, relative to the current folder."""
-    twentieth, save_every = a.steps // 20, run.steps[-1] if run.offset else a.steps // 4
-    log_every = twentieth // math.gcd(twentieth, 4)
+    save_every = run.steps[-1] if run.offset else a.steps // 4
     common = f"""--image-size {a.image_size} --model {a.model} --steps {steps}
         --batch-size {a.batch_size} --lr {a.lr} --warmup {a.warmup} --clip-grad 1 --ema-warmup
-        --flip --no-qk-norm --seed {seed} --log-every {log_every} --sample-every 0
+        --flip --no-qk-norm --seed {seed} --log-every {a.steps // 40} --sample-every 0
         --save-every {save_every}""".split()
     command = [os.path.relpath(ROOT / run.script), "--data", f"{a.out}/data", *common]
     command += [*a.train_flags, *run.flags, "--out", f"{a.out}/{name}-{seed}"]
@@ -216,10 +213,9 @@ def stack(folder, size, limit, target):
     target.with_suffix(".partial.npz").rename(target)
 
 
-def prepare(a):
-    """OUT/data (folder of classes), OUT/reference.npz (all test images at that size),
-    OUT/statistics.npz of these, OUT/floor.json (the distance of training images)."""
-    unpack(a.train, a.out / "data", a.per_class)
+def prepare_reference(a):
+    """OUT/reference.npz (all test images at that size), OUT/statistics.npz of these,
+    OUT/floor.json (the distance of training images)."""
     unpack(a.test, a.out / "test", 0)
     for folder, name, limit in (("test", "reference.npz", None), ("data", "floor.npz", a.num)):
         if not (a.out / name).exists():
@@ -244,20 +240,8 @@ def measure(a, samples, target, threads):
         target.with_suffix(".partial").rename(target)
 
 
-def keep_to_one_protocol(a):
-    """OUT/protocol.json: written once; other settings, archives or features are refused."""
-
-    def sha256(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-    beside = a.features.with_suffix(".json")  # of cifar10_features.py: its accuracy and settings
-    features = json.loads(beside.read_text()) if beside.exists() else {}
-    if features.get("sha256", sha256(a.features)) != sha256(a.features):
-        sys.exit(f"{beside} describes another file than {a.features}")
-    settings = {key: getattr(a, key) for key in FIXED}
-    settings |= {"train_sha256": sha256(a.train), "test_sha256": sha256(a.test)}
-    settings["features"] = {"sha256": sha256(a.features), **features}
-    path = a.out / "protocol.json"
+def keep_to_one_protocol(path, settings):
+    """A file written once, with the commit of that time; other settings are refused."""
     if not path.exists():
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -268,29 +252,52 @@ def keep_to_one_protocol(a):
         sys.exit(f"{path} is of another comparison ({changed}): use its settings, or another --out")
 
 
-def carry_out(a, name, run, seed):
-    """Train, sample, measure; whatever is there already is left as it is."""
+def protocol_of_training(a):
+    settings = {key: getattr(a, key) for key in TRAINING}
+    return settings | {"train_sha256": sha256(a.train)}
+
+
+def protocol_of_measuring(a):
+    beside = a.features.with_suffix(".json")  # of cifar10_features.py: its accuracy and settings
+    features = json.loads(beside.read_text()) if beside.exists() else {}
+    if features.get("sha256", sha256(a.features)) != sha256(a.features):
+        sys.exit(f"{beside} describes another file than {a.features}")
+    settings = {key: getattr(a, key) for key in MEASURING} | {"test_sha256": sha256(a.test)}
+    return settings | {"features": {"sha256": sha256(a.features), **features}}
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def train(a, name, run, seed, needed):
+    """One run, after the future of the run that it needs; what is there is not repeated."""
+    if needed:
+        needed.result()
     folder = a.out / f"{name}-{seed}"
     folder.mkdir(exist_ok=True)
-    checkpoints, log = folder / "checkpoints", folder / "output.txt"
     for steps in run.steps:
-        last = checkpoints / f"{steps:07d}.pt"
+        last = folder / "checkpoints" / f"{steps:07d}.pt"
         if not last.exists():
-            execute(words(a, name, run, seed, steps), log, a.threads)
+            execute(words(a, name, run, seed, steps), folder / "output.txt", a.threads)
         if not last.exists():
             raise RuntimeError(f"{name}: stopped before step {steps}")
-    for step in run.measured:
-        samples, result = folder / f"samples_{step:07d}", folder / f"distance_{step:07d}.json"
-        if result.exists():
-            continue
-        flags = f"""--num-samples {a.num} --labels balanced --solver heun --steps {a.solver_steps}
-            --batch-size 250""".split()
-        command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", checkpoints / f"{step:07d}.pt"]
-        execute([*command, *flags, "--out", samples], log, a.threads)
-        measure(a, samples / "samples.npz", result, a.threads)
-    for step in run.measured:
-        found = distance(a, name, seed, step)
-        print(f"{name}, seed {seed}: {found:.3f} at step {step + run.offset}", flush=True)
+
+
+def measure_run(a, name, run, seed):
+    """Samples of the last EMA and their distance; what is there already is left as it is."""
+    folder, step = a.out / f"{name}-{seed}", run.measured[-1]
+    samples, result = folder / f"samples_{step:07d}", folder / f"distance_{step:07d}.json"
+    if result.exists() or not (folder / "checkpoints" / f"{step:07d}.pt").exists():
+        return
+    flags = f"""--num-samples {a.num} --labels balanced --solver heun --steps {a.solver_steps}
+        --batch-size 250""".split()
+    checkpoint = folder / "checkpoints" / f"{step:07d}.pt"
+    command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", checkpoint]
+    execute([*command, *flags, "--out", samples], folder / "output.txt", a.threads)
+    measure(a, samples / "samples.npz", result, a.threads)
+    found = distance(a, name, seed, step)
+    print(f"{name}, seed {seed}: {found:.3f} at step {step + run.offset}", flush=True)
 
 
 # --- report
@@ -356,10 +363,11 @@ def collect(a):
     seeds = {int(path.parent.name.rsplit("-", 1)[1]) for path in a.out.glob("*-*/log.jsonl")}
     for seed in sorted(seeds):
         for name, run in sorted(plan(a, seed).items(), key=lambda item: not item[1].colour):
-            points = {step: distance(a, name, seed, step) for step in run.measured}
-            if None not in points.values():
+            points = {step: distance(a, name, seed, step) for step in run.measured[-1:]}
+            if points and None not in points.values():
                 results[f"{name}-{seed}"] = describe(a, name, run, seed, points)
     protocol = json.loads((a.out / "protocol.json").read_text())
+    protocol["measuring"] = json.loads((a.out / "measuring.json").read_text())
     floor = json.loads((a.out / "floor.json").read_text())
     protocol["measure"] = "Frechet distance in classifier features, not FID"
     protocol["num_reference"] = floor["num_reference"]
@@ -392,7 +400,7 @@ def table(results):
         rows.append([*cells, f"{sum(costs) / len(costs):.2f}" if costs else ""])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * len(heads) + "|")
-    protocol = results["protocol"]
+    protocol = results["protocol"]["measuring"] | results["protocol"]
     accuracy = protocol["features"].get("accuracy")
     note = (
         f"Frechet distance of {protocol['num']} samples to {protocol['num_reference']} test images "
@@ -544,34 +552,33 @@ def parse_args(argv=None):
     add("--features", type=Path, help="TorchScript module for fid.py")
     add("--out", type=Path, default=Path("results/compare"))
     add("--image-size", type=int, default=16)
-    add("--per-class", type=int, default=1000, help="training images of each class; 0: all")
-    add("--model", default="DiT-Ti/4")
-    add("--steps", type=int, default=2000, help="a multiple of 20")
+    add("--per-class", type=int, default=0, help="training images of each class; 0: all")
+    add("--model", default="DiT-Ti/2")
+    add("--steps", type=int, default=2000, help="a multiple of 40")
     add("--batch-size", type=int, default=64)
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=100)
-    add("--num", type=int, default=1000, help="samples a measurement")
+    add("--num", type=int, default=2000, help="samples a measurement")
     add("--solver-steps", type=int, default=12, help="of Heun's method")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--runs", nargs="+", help="these only, and what they need")
     add("--ablations", action="store_true")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--threads", type=int, help="OMP_NUM_THREADS of each")
+    add("--only", choices=("train", "measure"), help="one half of the work (default: both)")
     add("--report", action="store_true", help="no runs: collect what is there")
     more = "for all training scripts, last: --train-flags --compile ..."
     add("--train-flags", nargs=argparse.REMAINDER, default=[], help=more)
     a = parser.parse_args(argv)
-    if a.steps % 20:
-        parser.error(f"--steps {a.steps}: must be a multiple of 20")
+    if a.steps % 40:
+        parser.error(f"--steps {a.steps}: must be a multiple of 40")
     if a.report:
         return a
-    if not (a.train and a.test and a.features):
-        parser.error("--train, --test and --features are needed")
-    for path in (a.train, a.test):
-        if not zipfile.is_zipfile(path):
-            parser.error(f"{path}: no such archive, or not a zip file")
-    if not a.features.is_file():
-        parser.error(f"--features {a.features}: no such file")
+    needed = {"train": ["train"], "measure": ["train", "test", "features"]}
+    for name in needed["train" if a.only == "train" else "measure"]:
+        path = getattr(a, name)
+        if not path or not path.is_file() or (name != "features" and not zipfile.is_zipfile(path)):
+            parser.error(f"--{name} {path}: needed, an existing file (an archive: zip)")
     return a
 
 
@@ -580,34 +587,44 @@ def main():
     if a.report:
         if not (a.out / "protocol.json").exists() or not (a.out / "floor.json").exists():
             sys.exit(f"{a.out}: nothing measured there yet")
-        protocol = json.loads((a.out / "protocol.json").read_text())
-        for key in FIXED:
-            setattr(a, key, protocol[key])
+        settings = json.loads((a.out / "protocol.json").read_text())
+        for key in TRAINING:
+            setattr(a, key, settings[key])
         return report(a)
     a.out.mkdir(parents=True, exist_ok=True)
-    keep_to_one_protocol(a)
+    keep_to_one_protocol(a.out / "protocol.json", protocol_of_training(a))
+    if a.only != "train":
+        keep_to_one_protocol(a.out / "measuring.json", protocol_of_measuring(a))
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    try:
-        prepare(a)
-    except RuntimeError as error:
-        sys.exit(f"{error}")
-    tasks = {}  # in order: a task waits only for those that were started before it
-
-    def task(name, run, seed):
-        if run.after:
-            tasks[run.after[0], seed].result()
-        carry_out(a, name, run, seed)
-
-    with ThreadPoolExecutor(a.jobs) as pool:
-        for seed in a.seeds:
-            runs = chosen(a, seed)
-            for name in sorted(runs, key=lambda name: runs[name].offset):  # what waits comes last
-                tasks[name, seed] = pool.submit(task, name, runs[name], seed)
-    errors = [str(error) for future in tasks.values() if (error := future.exception())]
+    unpack(a.train, a.out / "data", a.per_class)
+    plans = [(seed, chosen(a, seed)) for seed in a.seeds]
+    if a.ablations:
+        plans.append((a.seeds[0], chosen(a, a.seeds[0], ablations=True)))
+    tasks = []
+    if a.only != "measure":
+        with ThreadPoolExecutor(a.jobs) as pool:
+            for seed, runs in plans:
+                futures = {}  # in order: a task waits only for those that were started before it
+                for name in sorted(runs, key=lambda name: runs[name].offset):  # what waits is last
+                    needed = futures.get(runs[name].after[0]) if runs[name].after else None
+                    futures[name] = pool.submit(train, a, name, runs[name], seed, needed)
+                tasks += futures.values()
+    if a.only != "train":
+        try:
+            prepare_reference(a)
+        except RuntimeError as error:
+            sys.exit(f"{error}")
+        with ThreadPoolExecutor(a.jobs) as pool:
+            for seed, runs in plans:
+                for name, run in runs.items():
+                    if run.measured:
+                        tasks.append(pool.submit(measure_run, a, name, run, seed))
+    errors = [str(error) for future in tasks if (error := future.exception())]
     for error in dict.fromkeys(errors):
         print(error, file=sys.stderr)
-    report(a)
+    if a.only != "train":
+        report(a)
     if errors or stopped:
         sys.exit("not finished: the same command goes on from here")
 
