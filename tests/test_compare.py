@@ -26,7 +26,7 @@ class Features(torch.nn.Module):
 
 @pytest.fixture
 def command(tmp_path):
-    """The words of a comparison of 20 steps on shapes, in archives as those of CIFAR-10."""
+    """The words of a comparison of 40 steps on shapes, in archives as those of CIFAR-10."""
     for split, count in (("train", 3), ("test", 4)):
         with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
             for label, name in enumerate(SHAPES):
@@ -35,7 +35,7 @@ def command(tmp_path):
                     archive.write(tmp_path / "image.png", f"{split}/{name}/{k}.png")
     torch.jit.script(Features()).save(tmp_path / "features.pt")
     words = """--train train.zip --test test.zip --features features.pt --model DiT-Ti/8
-        --image-size 16 --per-class 2 --steps 20 --batch-size 4 --warmup 2 --num 12
+        --image-size 16 --steps 40 --batch-size 4 --warmup 2 --num 12
         --solver-steps 2 --threads 1 --out out""".split()
     return [sys.executable, str(ROOT / "tests" / "comparison" / "compare.py"), *words]
 
@@ -46,14 +46,14 @@ def ended(words, folder):
     )
 
 
-def plan(*flags):
-    arguments = compare.parse_args(["--report", "--steps", "4000", *flags])
-    return arguments, compare.chosen(arguments, 0)
+def plan(*flags, ablations=False):
+    arguments = compare.parse_args(["--only", "report", "--steps", "4000", *flags])
+    return arguments, compare.chosen(arguments, 0, ablations)
 
 
 def test_the_runs_differ_in_their_method_alone():
-    arguments, runs = plan("--ablations")
-    assert len(runs) == 16
+    arguments, runs = plan(ablations=True)
+    assert len(runs) == 14
     parsed = {}
     for name, run in runs.items():
         words = compare.words(arguments, name, run, 0, run.steps[-1])
@@ -65,18 +65,17 @@ def test_the_runs_differ_in_their_method_alone():
         differing = {key for key in scaffold if settings[key] != vanilla[key]}
         allowed = {"diffusion"} if runs[name].noise == "EDM" else set()
         if name == "maskdit_tuned":
-            allowed |= set("init_from steps lr warmup save_every ema_warmup ema_decay".split())
+            allowed |= set("init_from steps lr warmup save_every".split())
         assert differing == allowed, name
-    assert parsed["maskdit_tuned"]["ema_decay"] == 3801 / 3810
 
 
 def test_what_is_scaled_with_the_steps():
-    _, runs = plan("--ablations")
+    _, runs = plan(ablations=True)
     assert runs["stage1"].steps == (2000, 4000)
     assert runs["selftranscendence"].after == ("stage1", 2000)
     assert runs["selftranscendence"].flags[-2:] == ["--stop-step", 1000]
-    assert runs["maskdit"].steps == (3800, 4000)
-    assert runs["maskdit_tuned"].steps == (200,) and runs["maskdit_tuned"].offset == 3800
+    assert runs["maskdit"].steps == (3500, 4000)
+    assert runs["maskdit_tuned"].steps == (500,) and runs["maskdit_tuned"].offset == 3500
     assert all(run.measured[-1] + run.offset == 4000 for run in runs.values())
     ablations = {name for name, run in runs.items() if not run.colour}
     assert set(runs) - set(plan()[1]) == ablations - {"stage1"}
@@ -88,11 +87,11 @@ def test_what_is_only_needed_is_run_no_further():
     assert runs["stage1"].steps == (2000,) and runs["stage1"].measured == ()
 
 
-def stop_after_first_distance(words, folder):
+def stop_after_first_checkpoint(words, folder):
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(words, cwd=folder, stdout=quiet, stderr=quiet)
     deadline = time.monotonic() + 240
-    while not list(folder.glob("out/*-0/distance_0000005.json")):
+    while not list(folder.glob("out/*-0/checkpoints/0000010.pt")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -101,46 +100,46 @@ def stop_after_first_distance(words, folder):
 
 def test_a_comparison_stopped_and_continued(command, tmp_path):
     out, words = tmp_path / "out", [*command, "--runs", "vanilla", "selftranscendence"]
-    stop_after_first_distance(words, tmp_path)
-    kept = [*out.glob("*/**/*.pt"), *out.glob("*/**/samples.npz"), *out.glob("*/distance_*.json")]
-    early = {path: path.stat().st_mtime_ns for path in kept}
-    assert len(early) > 2
+    stop_after_first_checkpoint([*words, "--only", "train"], tmp_path)
+    early = {path: path.stat().st_mtime_ns for path in out.glob("*/**/*.pt")}
+    assert early and not (out / "test").exists()
     done = ended([*words, "--jobs", "2"], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(path.stat().st_mtime_ns == time for path, time in early.items())
 
     results = json.loads((out / "results.json").read_text())
     assert set(results["runs"]) == {"vanilla-0", "selftranscendence-0"}
-    assert results["protocol"]["features"]["sha256"]
-    ours, vanilla = results["runs"]["selftranscendence-0"], results["runs"]["vanilla-0"]
-    for run in (ours, vanilla):
-        assert [p["step"] for p in run["points"]] == [5, 10, 15, 20]
-    assert 0 < ours["seconds_before"] < ours["points"][0]["seconds"] < ours["points"][-1]["seconds"]
-    assert all(p["distance"] > results["training_images"] for p in vanilla["points"])
+    assert results["protocol"]["measuring"]["features features"]["sha256"]
+    for run in results["runs"].values():
+        assert run["steps"] == [10, 20, 30, 40]
+        assert len(run["loss_ema"]) == len(run["loss_raw"]) == len(run["best_block"]) == 4
+        assert run["loss_raw"][-1] < run["loss_raw"][0]
+        assert set(run["levels"]) == {"0.7", "0.5", "0.3", "0.1"}
+        assert run["distance"]["features"] > results["training_images"]["features"]
     table = (out / "table.md").read_text()
-    assert "| vanilla, flow | flow |" in table and "| 1.00 |" in table and "not FID" in table
+    assert "| vanilla, flow | flow | 1 |" in table and "not FID" in table
     log = out / "vanilla-0" / "log.jsonl"
     assert (out / "logs" / "vanilla-0.jsonl").read_bytes() == log.read_bytes()
-    with Image.open(out / "figure.png") as image:
-        assert image.width > 12 * 64 and len(image.convert("RGB").getcolors(2**20)) > 20
+    for name in ("figure.png", "probe.png"):
+        with Image.open(out / name) as image:
+            assert image.width > 500 and len(image.convert("RGB").getcolors(2**20)) > 20
 
     assert "another comparison (lr)" in ended([*words, "--lr", "1"], tmp_path).stderr
     with open(tmp_path / "features.pt", "ab") as file:
         file.write(b" ")
-    assert "another comparison (features)" in ended(words, tmp_path).stderr
+    assert "another comparison (features features)" in ended(words, tmp_path).stderr
+
+    for part in ("time", "report"):
+        assert ended([*command, "--only", part], tmp_path).returncode == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["costs"]["costs"]["vanilla"] == 1 and len(results["costs"]["costs"]) == 13
+    assert results["runs"]["vanilla-0"]["cost"] == [10, 20, 30, 40]
 
 
-def test_seconds_are_those_of_the_images(tmp_path):
-    """From a log as a run leaves it that was stopped, and went on from step 500."""
-    arguments, _ = plan("--out", str(tmp_path))
-    folder = tmp_path / "vanilla-0"
-    folder.mkdir()
-    rates = {250: 100, 500: 100, 501: 0} | dict.fromkeys(range(1000, 4001, 250), 100)
-    lines = [{"start": 0}, *({"step": step, "images_per_s": r} for step, r in rates.items())]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "distance_0001000.json").write_text('{"frechet_distance": 3.0}')
-    for step in (1000, 4000):
-        expected = step * arguments.batch_size / 100
-        assert compare.seconds(arguments, "vanilla", 0, step) == pytest.approx(expected)
-    assert compare.distance(arguments, "vanilla", 0, 1000) == 3.0
-    assert compare.distance(arguments, "vanilla", 0, 2000) is None
+def test_cost_counts_the_run_before_and_the_phases():
+    _, runs = plan()
+    costs = {"stage1": 1.5, "selftranscendence": 2, "vanilla": 1}
+    costs |= {"maskdit": 0.5, "maskdit_unmasked": 3}
+    prices = [compare.price(runs, costs, "selftranscendence", step) for step in (500, 1000, 4000)]
+    assert prices == [3000 + 1000, 3000 + 2000, 3000 + 2000 + 3000]
+    assert compare.price(runs, costs, "maskdit_tuned", 500) == 3500 / 2 + 1500

@@ -3,13 +3,11 @@ r"""Train a small CIFAR-10 classifier; save it, without its last layer, for `fid
     python tests/comparison/cifar10_features.py --train cifar10-train.zip \
         --test cifar10-test.zip --image-size 16 --out features.pt
 
-The archives hold SPLIT/CLASS/NAME.jpg, 32 x 32 pixels; other image sizes are made as the training
-scripts make them. Take the size of the samples: a classifier trained on 32 pixels sees little in
-images of 16 made larger. The file is a TorchScript module: it takes uint8 images (N, 3, H, W) and
-gives float features (N, 8 * width); other sizes are resized to that of its training (bilinear,
-antialiased). The network is a ResNet-9, trained with label smoothing and mirrored, shifted images.
-Its accuracy on the test images goes to features.json: quote it beside every distance. Distances in
-these features are not FID.
+The archives hold SPLIT/CLASS/NAME.jpg, 32 x 32 pixels; --image-size is the samples': a classifier
+of 32 pixels sees little in images of 16 made larger. The file is a TorchScript module: uint8 images
+(N, 3, H, W), resized to its size (bilinear, antialiased), give float features (N, 8 * width). The
+network is a ResNet-9, trained with label smoothing and mirrored, shifted images. Its accuracy on
+the test images goes to features.json: quote it beside every distance. They are not FID.
 """
 
 import argparse
@@ -116,9 +114,6 @@ def main():
     add("--lr", type=float, default=0.1, help="its highest, after a quarter of the steps")
     add("--seed", type=int, default=0)
     a = parser.parse_args()
-    for path in (a.train, a.test):
-        if not zipfile.is_zipfile(path):
-            parser.error(f"{path}: no such archive, or not a zip file")
     torch.manual_seed(a.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y = (tensor.to(device) for tensor in load(a.train, a.image_size))

@@ -1,63 +1,70 @@
 r"""Vanilla and the five methods side by side: same encoder, images, batch, learning rate, EMA, seed
 and sampler, equal steps. README.md beside this file has protocol, results, and how to read them.
 
+    python tests/comparison/compare.py --train cifar10-train.zip --seeds 0 1 2 --ablations \
+        --jobs 2 --threads 1 --only train
     python tests/comparison/compare.py --train cifar10-train.zip --test cifar10-test.zip \
-        --features features.pt --jobs 2 --threads 1 --ablations
-    python tests/comparison/compare.py --report    # no runs: what is there, collected once more
+        --features features.pt efficientnet.pt --seeds 0 1 2 --ablations --only measure
+    OMP_NUM_THREADS=1 python tests/comparison/compare.py --only time    # on a quiet machine
+    python tests/comparison/compare.py --only report    # no runs: what is there, collected
 
---ablations adds the runs that would give a wrong implementation away; --seeds 0 1 repeats all with
-two seeds. The archives hold SPLIT/CLASS/NAME.jpg: the first --per-class images of each class (by
-name) are trained on, all test images are the reference. --features is a classifier without its last
-layer, as cifar10_features.py saves it beside its accuracy. The distance is Frechet's in the space
-of these features: it is not FID, and compares with nothing but itself.
+--ablations adds, with the first seed, the runs that decide something. The archives hold
+SPLIT/CLASS/NAME.jpg. --features are networks for fid.py, as cifar10_features.py and
+imagenet_features.py save them; distances are Frechet's in the space of these features: not FID.
 
-Every run is a command of a training script. sample.py draws --num images of the EMA at each quarter
-of the steps (ablations: each half), without guidance, from the same noise and labels for all runs;
-fid.py measures them. Seconds are those of training, from log.jsonl, without sampling and saving;
-what else the machine did at that time is in them, so that small differences mean nothing.
+Every run is a command of a training script, with a checkpoint at each quarter of the steps.
+Measuring takes the runs that have ended, also beside the training. probe.py: held-out loss of EMA
+and raw weights and linear probe at each quarter, with all levels at the end. sample.py: --num
+images of the last EMA, unguided, from the same noise and labels for all; fid.py compares them with
+all test images. "time": what a step of each run costs, all alternating in one process (costs.json).
 
-The same command goes on where it was stopped: what is finished is not repeated, and a training run
-continues from its last checkpoint. --out keeps to one protocol: other settings, archives or
-features are refused. It ends with results.json, table.md, figure.png and logs/ in --out.
+The same command goes on where it was stopped. --out keeps to one protocol: other settings, archives
+or features are refused. Report: results.json, table.md, figure.png, probe.png and logs/ in --out.
 """
 
 import argparse
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # and probe.py adds its parent
 
-from train_sra import center_crop
+import benchmark
+import probe
+
+from models import parse_model, write_atomically
+from train_sra import Images
 
 ROOT = Path(__file__).resolve().parents[2]
-PER_PICTURE = 12  # seeds of the grid
-FIXED = """image_size per_class model steps batch_size lr warmup num solver_steps threads
-    train_flags""".split()
+TRAINING = "image_size model steps batch_size lr warmup threads train_flags".split()
+LEVEL = "0.3"  # of the probe at each quarter
+MEASURES = {  # of probe.py: at which checkpoints, weights, levels
+    "raw": (slice(None), "model"),
+    "ema": (slice(-1), "ema", LEVEL),
+    "end": (slice(-1, None), "ema", "0.7", "0.5", LEVEL, "0.1"),
+}
 
 
 @dataclass
 class Run:
     """One training command.
 
-    steps: where it stops, in turn; after: (run, step) that it starts from, whose seconds count as
-    its own; offset: steps of the run that it continues, in the same network; colour: in the figure,
-    none for an ablation; measured: its own steps at which it is sampled.
+    steps: where it stops, in turn; after: (run, step) that it starts from, whose cost counts as its
+    own; offset: steps of the run that it continues, in the same network; colour: in the figure,
+    none for an ablation; measured: its own steps at which it is measured; phases: (step, run) up to
+    which a step costs what it costs in that run, if not in itself.
     """
 
     title: str
@@ -68,6 +75,7 @@ class Run:
     offset: int = 0
     colour: str = ""
     measured: tuple = ()
+    phases: tuple = ()
 
     @property
     def noise(self):
@@ -76,7 +84,7 @@ class Run:
 
 def plan(a, seed):
     """{name: Run}, each behind those that it needs."""
-    n, tuning, runs = a.steps, a.steps // 20, {}
+    n, tuning, runs = a.steps, a.steps // 8, {}
     sra, mdt, diverse = "train_sra.py", "train_mdt.py", "train_diversedit.py"
     sd, transcend = "train_discriminative.py", "train_selftranscendence.py"
     edm = ["--diffusion", "edm"]
@@ -87,15 +95,12 @@ def plan(a, seed):
     def add(name, title, script, flags, steps=(n,), **more):
         runs[name] = Run(title, script, flags, steps, **more)
 
-    def checkpoint(name, step):
-        return f"{a.out}/{name}-{seed}/checkpoints/{step:07d}.pt"
+    def of_run(name, step):
+        return checkpoint(a.out / f"{name}-{seed}", step)
 
-    first = f"Self-Transcendence, after {n // 2} of stage 1"
-    stage2 = ["--stage", 2, "--teacher", checkpoint("stage1", n // 2), "--stop-step", n // 4]
-    tuned = [*edm, *unmasked, "--init-from", checkpoint("maskdit", n - tuning), "--lr", a.lr / 2]
-    decay = (n - tuning + 1) / (n - tuning + 10)  # as if its step were that of MaskDiT
-    tuned += ["--warmup", 0, "--no-ema-warmup", "--ema-decay", decay]
-    plain = [*teacher, *alone, *unmasked]
+    stage2 = ["--stage", 2, "--teacher", of_run("stage1", n // 2), "--stop-step", n // 4]
+    tuned = [*edm, *unmasked, "--init-from", of_run("maskdit", n - tuning)]
+    tuned += ["--lr", a.lr / 2, "--warmup", 0]  # the EMA starts anew: it warms up again
 
     add("stage1", "Self-Transcendence, stage 1 alone", transcend, ["--stage", 1], (n // 2, n))
     add("vanilla", "vanilla, flow", sra, alone, colour="#000000")
@@ -103,31 +108,31 @@ def plan(a, seed):
     add("sra", "SRA", sra, [], colour="#0072b2")
     add("maskdit", "MaskDiT", mdt, edm, (n - tuning, n), colour="#e69f00")
     continued = {"after": ("maskdit", n - tuning), "offset": n - tuning, "colour": "#8c6000"}
-    add("maskdit_tuned", "MaskDiT, last 5 % unmasked", mdt, tuned, (tuning,), **continued)
+    continued["phases"] = ((tuning, "maskdit_unmasked"),)
+    add("maskdit_tuned", "MaskDiT, last eighth unmasked", mdt, tuned, (tuning,), **continued)
     add("sddit", "SD-DiT", sd, teacher, colour="#cc79a7")
-    after = ("stage1", n // 2)
-    add("selftranscendence", first, transcend, stage2, after=after, colour="#009e73")
+    stages = {"after": ("stage1", n // 2), "colour": "#009e73"}
+    stages["phases"] = ((n // 4, "selftranscendence"), (n, "vanilla"))
+    add("selftranscendence", "Self-Transcendence", transcend, stage2, **stages)
     add("diversedit", "DiverseDiT", diverse, [], colour="#d55e00")
     add("maskdit_unmasked", "MaskDiT's network, nothing hidden", mdt, [*edm, *unmasked])
     add("sra_no_head", "SRA without its head", sra, ["--head", "none"])
     add("diversedit_no_loss", "DiverseDiT without loss", diverse, ["--diversity-weight", 0])
     short = ["--long-residual", "none"]
     add("diversedit_no_residuals", "DiverseDiT without residuals", diverse, short)
-    add("maskdit_no_mae", "MaskDiT without reconstruction", mdt, [*edm, "--mae-weight", 0])
     add("sddit_no_loss", "SD-DiT without its loss, masked", sd, [*teacher, *alone])
-    add("sddit_plain", "SD-DiT's network, nothing hidden, no loss", sd, plain)
     for run in runs.values():
         steps = [n * k // 4 - run.offset for k in ((1, 2, 3, 4) if run.colour else (2, 4))]
         run.measured = tuple(step for step in steps if 0 < step <= run.steps[-1])
     return runs
 
 
-def chosen(a, seed):
+def chosen(a, seed, ablations=False):
     """Those that are asked for, and what they need; of a run that is only needed, no more."""
     runs = plan(a, seed)
     if set(a.runs or ()) - set(runs):
         sys.exit(f"--runs {' '.join(a.runs)}: choose from {', '.join(runs)}")
-    asked = a.runs or [name for name, run in runs.items() if a.ablations or run.colour]
+    asked = a.runs or [name for name, run in runs.items() if ablations or run.colour]
     needed = dict(run.after for name, run in runs.items() if name in asked and run.after)
     for name in set(needed) - set(asked):
         runs[name].steps, runs[name].measured = (needed[name],), ()
@@ -136,11 +141,10 @@ def chosen(a, seed):
 
 def words(a, name, run, seed, steps):
     """The training command, relative to the current folder."""
-    twentieth, save_every = a.steps // 20, run.steps[-1] if run.offset else a.steps // 4
-    log_every = twentieth // math.gcd(twentieth, 4)
+    save_every = run.steps[-1] if run.offset else a.steps // 4
     common = f"""--image-size {a.image_size} --model {a.model} --steps {steps}
         --batch-size {a.batch_size} --lr {a.lr} --warmup {a.warmup} --clip-grad 1 --ema-warmup
-        --flip --no-qk-norm --seed {seed} --log-every {log_every} --sample-every 0
+        --flip --no-qk-norm --seed {seed} --log-every {a.steps // 40} --sample-every 0
         --save-every {save_every}""".split()
     command = [os.path.relpath(ROOT / run.script), "--data", f"{a.out}/data", *common]
     command += [*a.train_flags, *run.flags, "--out", f"{a.out}/{name}-{seed}"]
@@ -184,80 +188,67 @@ def stop(number, _):
         process.terminate()
 
 
-def unpack(archive, target, per_class):
-    """SPLIT/CLASS/NAME of an archive as target/CLASS/NAME, the first per_class of each (0: all)."""
+def unpack(archive, target):
+    """SPLIT/CLASS/NAME of an archive as target/CLASS/NAME."""
     if target.exists():
         return
-    partial, count = target.with_suffix(".partial"), {}
+    partial = target.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     with zipfile.ZipFile(archive) as file:
-        names = [n for n in file.namelist() if n.lower().endswith((".jpg", ".jpeg", ".png"))]
-        for name in sorted(names):
-            _, group, base = f"//{name}".rsplit("/", 2)
-            if group in ("", ".", ".."):
-                sys.exit(f"{archive}: {name} is not SPLIT/CLASS/NAME")
-            count[group] = count.get(group, 0) + 1
-            if per_class and count[group] > per_class:
-                continue
-            (partial / group).mkdir(parents=True, exist_ok=True)
-            (partial / group / base).write_bytes(file.read(name))
+        for name in file.namelist():
+            if name.lower().endswith((".jpg", ".jpeg", ".png")):
+                group, base = name.split("/")[-2:]
+                (partial / group).mkdir(parents=True, exist_ok=True)
+                (partial / group / base).write_bytes(file.read(name))
     partial.rename(target)
 
 
-def stack(folder, size, limit, target):
-    """Images of FOLDER/CLASS, evenly picked up to a limit, as an .npz that fid.py reads."""
-    paths = sorted(folder.glob("*/*"), key=lambda path: path.parts)
-    picked = np.linspace(0, len(paths) - 1, min(limit or len(paths), len(paths))).round()
-    images = []
-    for k in picked.astype(int):
-        with Image.open(paths[k]) as image:
-            images.append(np.asarray(center_crop(image.convert("RGB"), size)))
-    np.savez(target.with_suffix(".partial.npz"), arr_0=np.stack(images))
-    target.with_suffix(".partial.npz").rename(target)
+def images_of(a, folder):
+    about = {"data": str(folder), "image_size": a.image_size, "cache": None, "vae_scale": 1}
+    data = Images(argparse.Namespace(**about), None)
+    data.make_shards("cpu", 0, 1)
+    return data
 
 
-def prepare(a):
-    """OUT/data (folder of classes), OUT/reference.npz (all test images at that size),
-    OUT/statistics.npz of these, OUT/floor.json (the distance of training images)."""
-    unpack(a.train, a.out / "data", a.per_class)
-    unpack(a.test, a.out / "test", 0)
-    for folder, name, limit in (("test", "reference.npz", None), ("data", "floor.npz", a.num)):
+def stack(data, most, target):
+    """Images evenly picked, as an .npz that fid.py reads."""
+    picked = np.linspace(0, len(data.files) - 1, min(most, len(data.files))).round().astype(int)
+    images, _ = data.read([(k, False) for k in picked.tolist()], False)
+    images = images.permute(0, 2, 3, 1).numpy()
+    write_atomically(target, lambda file: np.savez(file, arr_0=images))
+
+
+def prepare_reference(a):
+    """OUT/reference.npz (all test images at that size), floor.npz (as many training images as
+    samples), and for each features statistics_NAME.npz and floor_NAME.json (their distance)."""
+    unpack(a.test, a.out / "test")
+    for folder, name, most in (("test", "reference.npz", 100_000), ("data", "floor.npz", a.num)):
         if not (a.out / name).exists():
-            stack(a.out / folder, a.image_size, limit, a.out / name)
-    statistics = a.out / "statistics.npz"
-    if not statistics.exists():
-        words = ["--save-stats", statistics, a.out / "reference.npz"]
-        fid(a, words, None)
-    measure(a, a.out / "floor.npz", a.out / "floor.json", None)
+            stack(images_of(a, a.out / folder), most, a.out / name)
+    for features in a.features:
+        statistics = a.out / f"statistics_{features.stem}.npz"
+        if not statistics.exists():
+            fid(a, features, ["--save-stats", statistics, a.out / "reference.npz"])
+    measure(a, a.out / "floor.npz", a.out, "floor")
 
 
-def fid(a, words, threads):
-    script = os.path.relpath(ROOT / "fid.py")
-    command = [script, *words, "--features", a.features, "--batch-size", 250]
-    return execute(command, a.out / "fid.log", threads)
+def fid(a, features, words):
+    command = [os.path.relpath(ROOT / "fid.py"), *words, "--features", features]
+    return execute([*command, "--batch-size", 250], a.out / "fid.log", a.threads)
 
 
-def measure(a, samples, target, threads):
-    if not target.exists():
-        text = fid(a, [samples, a.out / "statistics.npz", "--metrics", "fid"], threads)
-        target.with_suffix(".partial").write_text(text)
-        target.with_suffix(".partial").rename(target)
+def measure(a, samples, folder, name):
+    """The distance of samples in each features, as FOLDER/NAME_FEATURES.json."""
+    for features in a.features:
+        target = folder / f"{name}_{features.stem}.json"
+        if not target.exists():
+            words = [samples, a.out / f"statistics_{features.stem}.npz", "--metrics", "fid"]
+            text = fid(a, features, words)
+            write_atomically(target, lambda file, text=text: file.write(text.encode()))
 
 
-def keep_to_one_protocol(a):
-    """OUT/protocol.json: written once; other settings, archives or features are refused."""
-
-    def sha256(path):
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-    beside = a.features.with_suffix(".json")  # of cifar10_features.py: its accuracy and settings
-    features = json.loads(beside.read_text()) if beside.exists() else {}
-    if features.get("sha256", sha256(a.features)) != sha256(a.features):
-        sys.exit(f"{beside} describes another file than {a.features}")
-    settings = {key: getattr(a, key) for key in FIXED}
-    settings |= {"train_sha256": sha256(a.train), "test_sha256": sha256(a.test)}
-    settings["features"] = {"sha256": sha256(a.features), **features}
-    path = a.out / "protocol.json"
+def keep_to_one_protocol(path, settings):
+    """A file written once, with the commit of that time; other settings are refused."""
     if not path.exists():
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -268,346 +259,310 @@ def keep_to_one_protocol(a):
         sys.exit(f"{path} is of another comparison ({changed}): use its settings, or another --out")
 
 
-def carry_out(a, name, run, seed):
-    """Train, sample, measure; whatever is there already is left as it is."""
+def protocol_of_measuring(a):
+    settings = {"num": a.num, "solver_steps": a.solver_steps, "test_sha256": sha256(a.test)}
+    for features in a.features:
+        beside = features.with_suffix(".json")  # how it was made, and its accuracy
+        about = json.loads(beside.read_text()) if beside.exists() else {}
+        if about.get("sha256", sha256(features)) != sha256(features):
+            sys.exit(f"{beside} describes another file than {features}")
+        settings[f"features {features.stem}"] = {"sha256": sha256(features), **about}
+    return settings
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def train(a, name, run, seed, needed):
+    """One run, after the future of the run that it needs; what is there is not repeated."""
+    if needed:
+        needed.result()
     folder = a.out / f"{name}-{seed}"
     folder.mkdir(exist_ok=True)
-    checkpoints, log = folder / "checkpoints", folder / "output.txt"
     for steps in run.steps:
-        last = checkpoints / f"{steps:07d}.pt"
+        last = checkpoint(folder, steps)
         if not last.exists():
-            execute(words(a, name, run, seed, steps), log, a.threads)
+            execute(words(a, name, run, seed, steps), folder / "output.txt", a.threads)
         if not last.exists():
             raise RuntimeError(f"{name}: stopped before step {steps}")
-    for step in run.measured:
-        samples, result = folder / f"samples_{step:07d}", folder / f"distance_{step:07d}.json"
-        if result.exists():
-            continue
-        flags = f"""--num-samples {a.num} --labels balanced --solver heun --steps {a.solver_steps}
-            --batch-size 250""".split()
-        command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", checkpoints / f"{step:07d}.pt"]
-        execute([*command, *flags, "--out", samples], log, a.threads)
-        measure(a, samples / "samples.npz", result, a.threads)
-    for step in run.measured:
-        found = distance(a, name, seed, step)
-        print(f"{name}, seed {seed}: {found:.3f} at step {step + run.offset}", flush=True)
+
+
+def measure_run(a, name, run, seed):
+    """Probes, samples and distances of a run; what is there already is left as it is."""
+    folder = a.out / f"{name}-{seed}"
+    log, checkpoints = folder / "output.txt", [checkpoint(folder, step) for step in run.measured]
+    if not checkpoints[-1].exists():
+        return
+    for kind, (which, weights, *levels) in MEASURES.items():
+        if checkpoints[which] and not (folder / kind / "probe.json").exists():
+            flags = ["--data", a.out / "data", "--test", a.out / "test", "--out", folder / kind]
+            flags += ["--weights", weights, "--levels", *levels]
+            flags += "--images 10000 10000 1000".split()
+            command = [os.path.relpath(probe.__file__), *checkpoints[which], *flags]
+            execute(command, log, a.threads)
+    flags = f"""--num-samples {a.num} --labels balanced --solver heun --steps {a.solver_steps}
+        --batch-size 250""".split()
+    command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", checkpoints[-1], *flags]
+    execute([*command, "--out", folder / "samples_end"], log, a.threads)
+    measure(a, folder / "samples_end" / "samples.npz", folder, "distance")
+    print(f"{name}, seed {seed}: measured", flush=True)
+
+
+def checkpoint(folder, step):
+    return folder / "checkpoints" / f"{step:07d}.pt"
+
+
+def time_steps(a):
+    """OUT/costs.json: the cost of a step of each run in units of vanilla's, alternating."""
+    data = images_of(a, a.out / "data")
+    benchmark.pixels = lambda *_: data
+    network = {**parse_model(a.model), "input_size": a.image_size, "in_channels": 3}
+    network |= {"num_classes": len(data.classes), "learn_sigma": False}
+    options = argparse.Namespace(batch_size=a.batch_size, diffusion="flow", cache=None)
+    cpu, rows = torch.device("cpu"), []
+    methods = {f"{module.__name__}.py": (module, m) for module, m, _ in benchmark.METHODS.values()}
+    for name, run in plan(a, a.seeds[0]).items():
+        benchmark.METHODS[name] = (*methods[run.script], list(map(str, run.flags)))
+        if not run.offset:
+            rows.append(benchmark.Row(name, network, False, options, cpu))
+    for k in range(33):  # three to warm up
+        for row in rows:
+            row.step(k % 8)  # at steps before any --stop-step
+    seconds = {row.name: np.median(row.times[3:]) for row in rows}
+    costs = {name: round(value / seconds["vanilla"], 3) for name, value in seconds.items()}
+    about = {"seconds": seconds["vanilla"], "threads": torch.get_num_threads(), "costs": costs}
+    (a.out / "costs.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 # --- report
 
 
-def distance(a, name, seed, step):
-    """The measured distance, or None."""
-    path = a.out / f"{name}-{seed}" / f"distance_{step:07d}.json"
-    return json.loads(path.read_text())["frechet_distance"] if path.exists() else None
-
-
-def read_log(a, name, seed):
-    lines = (a.out / f"{name}-{seed}" / "log.jsonl").read_text().splitlines()
-    return list(map(json.loads, lines))
-
-
-def seconds(a, name, seed, step):
-    """Seconds of training up to a step: sum of images / rate over log.jsonl.
-
-    What was lost in a stop, sampling and saving do not count.
-    """
-    total, last, rate = 0.0, 0, math.inf
-    for line in read_log(a, name, seed):
-        if "step" in line and line["step"] <= step:
-            rate = line["images_per_s"] or rate  # 0 where a single step was run since a start
-            total += (line["step"] - last) * a.batch_size / rate
-            last = line["step"]
+def price(runs, costs, name, step):
+    """Cost up to a step of the run, in steps of vanilla, with that of the run before."""
+    run, total, done = runs[name], 0.0, 0
+    if run.after:
+        total = price(runs, costs, *run.after)
+    for until, row in run.phases or ((step, name),):
+        total += (min(step, until) - done) * costs[row]
+        done = min(step, until)
     return total
 
 
-def describe(a, name, run, seed, points):
-    """An entry of results.json: {step: distance} with what stands in the log and the checkpoint."""
-    before = seconds(a, run.after[0], seed, run.after[1]) if run.after else 0.0
-    path = a.out / f"{name}-{seed}" / "checkpoints" / f"{run.steps[-1]:07d}.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["method"]
-    model = {name: v for name, v in state.items() if name.startswith("model.")}
-    start = [line for line in read_log(a, name, seed) if "start" in line][-1]
+def describe(folder, run):
+    """An entry of results.json; None, if something is not measured yet."""
+    kinds = [kind for kind in MEASURES if kind != "ema" or len(run.measured) > 1]
+    paths = [folder / kind / "probe.json" for kind in kinds]
+    distances = sorted(folder.glob("distance_*.json"))
+    if not distances or not all(path.exists() for path in paths):
+        return None
+    raw, *more = (json.loads(path.read_text())["networks"] for path in paths)
+    averaged = [entry for part in more for entry in part]
+    for level, found in averaged[-1]["levels"].items():
+        for key in ("strength", "time", *(("cka", "cosine") if level != LEVEL else ())):
+            found.pop(key)  # the matrices of one level are enough
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    start = [line for line in lines if "start" in line][-1]
     return {
-        "title": run.title,
-        "noise": run.noise,
-        "seed": seed,
-        "ablation": not run.colour,
+        **{"title": run.title, "noise": run.noise, "ablation": not run.colour},
         "command": "python " + " ".join(start["command"]),
-        "parameters_sampled": sum(v.numel() for k, v in model.items() if "pos_embed" not in k),
-        "seconds_before": before,
-        "steps_of_the_run_before": run.after[1] if run.after else 0,
-        "points": [
-            {
-                "step": step + run.offset,
-                "seconds": before + seconds(a, name, seed, step),
-                "distance": value,
-            }
-            for step, value in points.items()
-        ],
-        "hardware": start["hardware"],
-        "torch": start["torch"],
+        "steps": [step + run.offset for step in run.measured],
+        "loss_ema": [np.mean(entry["loss"]).round(5) for entry in averaged],
+        "loss_raw": [np.mean(entry["loss"]).round(5) for entry in raw],
+        "bins_ema": [round(value, 5) for value in averaged[-1]["loss"]],
+        "best_block": [100 * max(entry["levels"][LEVEL]["accuracy"]) for entry in averaged],
+        "levels": averaged[-1]["levels"],
+        "distance": {path.stem.partition("_")[2]: distance(path) for path in distances},
     }
 
 
+def distance(path):
+    return json.loads(path.read_text())["frechet_distance"]
+
+
 def collect(a):
-    """Everything that is finished, as one dictionary; ablations stand at the end."""
-    results = {}
-    seeds = {int(path.parent.name.rsplit("-", 1)[1]) for path in a.out.glob("*-*/log.jsonl")}
-    for seed in sorted(seeds):
-        for name, run in sorted(plan(a, seed).items(), key=lambda item: not item[1].colour):
-            points = {step: distance(a, name, seed, step) for step in run.measured}
-            if None not in points.values():
-                results[f"{name}-{seed}"] = describe(a, name, run, seed, points)
+    """Everything that is measured, as one dictionary; ablations stand at the end."""
+    runs, costs = {}, a.out / "costs.json"
+    costs = json.loads(costs.read_text()) if costs.exists() else {}
+    order = sorted(plan(a, 0).items(), key=lambda item: not item[1].colour)
+    for name, _ in order:
+        for folder in sorted(a.out.glob(f"{name}-[0-9]*")):
+            planned = plan(a, int(folder.name.rsplit("-", 1)[1]))
+            entry = describe(folder, planned[name])
+            if entry and costs:
+                steps = planned[name].measured
+                entry["cost"] = [price(planned, costs["costs"], name, step) for step in steps]
+            if entry:
+                runs[folder.name] = entry
     protocol = json.loads((a.out / "protocol.json").read_text())
-    floor = json.loads((a.out / "floor.json").read_text())
-    protocol["measure"] = "Frechet distance in classifier features, not FID"
-    protocol["num_reference"] = floor["num_reference"]
-    return {"protocol": protocol, "training_images": floor["frechet_distance"], "runs": results}
+    protocol["measuring"] = json.loads((a.out / "measuring.json").read_text())
+    floor = {path.stem[6:]: distance(path) for path in sorted(a.out.glob("floor_*.json"))}
+    return {"protocol": protocol, "costs": costs, "training_images": floor, "runs": runs}
+
+
+def spread(values, digits):
+    """Mean and range."""
+    low, mean, high = (f"{f(values):.{digits}f}" for f in (min, np.mean, max))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def table(results):
-    """Markdown: a row a run, in each cell a value a seed.
-
-    Time is in units of vanilla flow's of the same seed, mean over seeds.
-    """
-    runs, names = results["runs"], {}
-    for name, run in runs.items():
+    """Markdown: a row a run, mean and range over seeds at the end, and at vanilla's whole cost."""
+    names, features = {}, list(results["training_images"])
+    for name, run in results["runs"].items():
         names.setdefault(name.rsplit("-", 1)[0], []).append(run)
-    steps = sorted({p["step"] for run in runs.values() for p in run["points"]})
-    unit = {run["seed"]: run["points"][-1]["seconds"] for run in names.get("vanilla", ())}
-    heads = ["run", "noise", "M parameters", *(f"step {s}" for s in steps), "time, all counted"]
-    rows = [heads]
-    for group in sorted(names.values(), key=lambda runs: runs[0]["ablation"]):
-        cells = [
-            group[0]["title"],
-            group[0]["noise"],
-            f"{group[0]['parameters_sampled'] / 1e6:.2f}",
-        ]
-        points = [p for run in group for p in run["points"]]
-        for step in steps:
-            cells.append(" / ".join(f"{p['distance']:.2f}" for p in points if p["step"] == step))
-        last = [(run["points"][-1]["seconds"], run["seed"]) for run in group]
-        costs = [cost / unit[seed] for cost, seed in last if seed in unit]
-        rows.append([*cells, f"{sum(costs) / len(costs):.2f}" if costs else ""])
+    heads = ["run", "noise", "seeds", "loss, EMA", "loss, raw", "probe %", "its block"]
+    heads += [f"distance, {name}" for name in features]
+    heads += ["cost", "loss at vanilla's cost", "probe % at it"] if results["costs"] else []
+    budget, rows = results["protocol"]["steps"], [heads]
+    for group in names.values():
+        blocks = {int(np.argmax(run["levels"][LEVEL]["accuracy"])) for run in group}
+        cells = [group[0]["title"], group[0]["noise"], f"{len(group)}"]
+        for key, digits in (("loss_ema", 4), ("loss_raw", 4), ("best_block", 1)):
+            cells.append(spread([run[key][-1] for run in group], digits))
+        cells.append(" ".join(map(str, sorted(blocks))))
+        cells += [spread([run["distance"][name] for run in group], 2) for name in features]
+        if results["costs"]:
+            cells.append(f"{group[0]['cost'][-1] / budget:.2f}")
+            for key, digits in (("loss_ema", 4), ("best_block", 1)):
+                values = [np.interp(budget, run["cost"], run[key]) for run in group]
+                cells.append(spread(values, digits))
+        rows.append(cells)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * len(heads) + "|")
-    protocol = results["protocol"]
-    accuracy = protocol["features"].get("accuracy")
-    note = (
-        f"Frechet distance of {protocol['num']} samples to {protocol['num_reference']} test images "
-        "in the features of a classifier (its accuracy on them: "
-        f"{f'{accuracy:.1%}' if accuracy else 'not stated'}). This is not FID. "
-        f"Training images in place of samples: {results['training_images']:.3f}."
-    )
+    floor = ", ".join(f"{value:.3f} ({k})" for k, value in results["training_images"].items())
+    note = f"Distances are not FID. Training images in place of samples: {floor}."
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def font(size):
-    return ImageFont.load_default(size)
-
-
-class Axis:
-    """A logarithmic axis from pixel `start` to pixel `end`."""
-
-    def __init__(self, values, start, end):
-        self.low, self.high = math.log(min(values)), math.log(max(values))
-        margin = 0.04 * (self.high - self.low or 1)
-        self.low, self.high = self.low - margin, self.high + margin
-        self.start, self.end = start, end
-
-    def place(self, value):
-        part = (math.log(value) - self.low) / (self.high - self.low)
-        return self.start + part * (self.end - self.start)
-
-    def ticks(self):
-        """Round numbers: at least three, where one of these grids has them."""
-        low, high = math.exp(self.low), math.exp(self.high)
-        grid = [m * 10.0**e for e in range(-3, 8) for m in (1, 1.5, 2, 3, 4, 5, 6, 8)]
-        found = [t for t in grid if low <= t <= high]
-        for step in (1, 0.5, 0.2, 0.1, 0.01):
-            if len(found) < 3:
-                found = [k * step for k in range(math.ceil(low / step), int(high / step) + 1)]
-        return found
-
-
-def curves(draw, box, lines, label, numbers):
-    """Log-log axes in box (left, top, right, bottom).
-
-    lines: (colour, dashed, [(x, y), ...]); numbers: at the x axis, or None.
-    """
-    left, top, right, bottom = box
-    points = [(max(x, 1e-3), max(y, 1e-3)) for *_, line in lines for x, y in line]
-    xs, ys = (
-        Axis(values, *ends) for values, ends in zip(zip(*points), ((left, right), (bottom, top)))
-    )
-    for x in numbers or xs.ticks():
-        u = xs.place(x)
-        draw.line([(u, top), (u, bottom)], "#e4e4e4")
-        draw.text((u, bottom + 5), f"{x:g}", "#333333", font(15), "mt")
-    for y in ys.ticks():
-        v = ys.place(y)
-        draw.line([(left, v), (right, v)], "#e4e4e4")
-        draw.text((left - 6, v), f"{y:g}", "#333333", font(15), "rm")
-    draw.rectangle(box, outline="#333333")
-    draw.text(((left + right) / 2, bottom + 26), label, "#333333", font(16), "mt")
-    for colour, dashed, line in lines:
-        placed = [(xs.place(max(x, 1e-3)), ys.place(max(y, 1e-3))) for x, y in line]
-        for start, end in pairwise(placed):
-            pieces = max(1, round(math.dist(start, end) / 6)) if dashed else 1
-            ends = np.linspace(start, end, pieces + 1)
-            for k in range(0, pieces, 2):
-                draw.line([*ends[k], *ends[k + 1]], colour, 3)
-        for x, y in placed:
-            draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=colour)
-
-
-def legend(draw, runs, x, y, width):
-    left = x
-    for run in runs:
-        length = font(15).getlength(run.title) + 50
-        if x + length > width:
-            x, y = left, y + 22
-        draw.line([(x, y + 8), (x + 26, y + 8)], run.colour, 4)
-        draw.text((x + 32, y), run.title, "#000000", font(15))
-        x += length + 6
-
-
-def figure(a, results, seed):
-    """Distance against steps and against seconds, and below the same twelve seeds of every method.
-
-    Ablations are left out. None, if there is nothing to show.
-    """
-    found = {name: results["runs"].get(f"{name}-{seed}") for name in plan(a, seed)}
-    rows = [(name, run) for name, run in plan(a, seed).items() if run.colour and found[name]]
-    if not rows:
-        return None
-    cell, margin, top = a.image_size * max(1, 64 // a.image_size), 210, 415
-    pitch = cell + 4
-    width = margin + PER_PICTURE * pitch + 20
-    image = Image.new("RGB", (width, top + len(rows) * pitch + 10), "white")
+def figure(shown, results):
+    """Held-out loss and best block against steps and cost, a line a seed."""
+    image = Image.new("RGB", (1200, 720), "white")
     draw = ImageDraw.Draw(image)
-    title = "Frechet distance in features of a small CIFAR-10 classifier (not FID). Dashed: EDM"
-    draw.text((60, 12), title, "#000000", font(17))
-    middle = width // 2
-    steps = sorted({p["step"] for name, _ in rows for p in found[name]["points"]})
-    for box, axis, label, numbers in (
-        ((60, 40, middle - 25, 330), "step", "steps", steps),
-        (
-            (middle + 45, 40, width - 20, 330),
-            "seconds",
-            "seconds of training, stage 1 included",
-            None,
-        ),
-    ):
-        lines = []
-        for name, run in rows:
-            points = [(p[axis], p["distance"]) for p in found[name]["points"]]
-            lines.append((run.colour, run.noise == "EDM", points))
-        curves(draw, box, lines, label, numbers)
-    legend(draw, [run for _, run in rows], 60, 372, width)
-    for row, (name, run) in enumerate(rows):
-        y = top + row * pitch
-        value = found[name]["points"][-1]["distance"]
-        text = "\n".join([*textwrap.wrap(run.title, 26), f"{value:.2f}"])
-        draw.multiline_text((10, y + cell / 2), text, "#000000", font(15), "lm", spacing=3)
-        samples = a.out / f"{name}-{seed}" / f"samples_{run.measured[-1]:07d}" / "samples.npz"
-        for k, pixels in enumerate(np.load(samples)["arr_0"][:PER_PICTURE]):
-            picture = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
-            image.paste(picture, (margin + k * pitch, y))
+    of_title = {title: (colour, width) for title, colour, width, _ in shown}
+    panels = [("loss_ema", "flow"), ("loss_ema", "EDM"), ("best_block", "flow EDM")]
+    for row, across in enumerate(("steps", "cost") if results["costs"] else ("steps",)):
+        for column, (key, noise) in enumerate(panels):
+            lines = []
+            for run in results["runs"].values():
+                if run["title"] in of_title and run["noise"] in noise:
+                    lines.append((*of_title[run["title"]], list(zip(run[across], run[key]))))
+            name = f"held-out loss, {noise}" if key == "loss_ema" else "best block's probe, %"
+            left, top = 60 + column * 400, 35 + row * 320
+            if lines:
+                box = (left, top, left + 320, top + 260)
+                probe.curves(draw, box, lines, f"{name}, by {across}")
+    probe.legend(draw, [entry[:2] for entry in shown], 60, 660)
     return image
 
 
 def report(a):
     results = collect(a)
-    (a.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    rows = [f'  "{name}": {json.dumps(run)}' for name, run in results["runs"].items()]
+    others = json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=1)[:-2]
+    text = f'{others},\n "runs": {{\n' + ",\n".join(rows) + "\n }\n}\n"  # a line a run
+    (a.out / "results.json").write_text(text)
     text = table(results)
     (a.out / "table.md").write_text(text)
     (a.out / "logs").mkdir(exist_ok=True)
     for path in a.out.glob("*-*/log.jsonl"):
         shutil.copyfile(path, a.out / "logs" / f"{path.parent.name}.jsonl")
-    picture = figure(a, results, a.seeds[0])
-    if picture:
-        picture.save(a.out / "figure.png", optimize=True)
-    print(f"\n{text}\nresults.json, table.md, figure.png and logs/ are in {a.out}", flush=True)
+    shown = []
+    for name, run in plan(a, a.seeds[0]).items():
+        found = results["runs"].get(f"{name}-{a.seeds[0]}")
+        if run.colour and found:
+            shown.append((run.title, run.colour, 1 if run.noise == "EDM" else 2, found))
+    if shown:
+        figure(shown, results).save(a.out / "figure.png", optimize=True)
+        probe.figure(shown).save(a.out / "probe.png", optimize=True)
+    files = "results.json, table.md, figure.png, probe.png and logs/"
+    print(f"\n{text}\n{files} are in {a.out}", flush=True)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--train", type=Path, help="archive of training images")
     add("--test", type=Path, help="archive of test images")
-    add("--features", type=Path, help="TorchScript module for fid.py")
+    add("--features", type=Path, nargs="+", default=[], help="TorchScript modules for fid.py")
     add("--out", type=Path, default=Path("results/compare"))
     add("--image-size", type=int, default=16)
-    add("--per-class", type=int, default=1000, help="training images of each class; 0: all")
-    add("--model", default="DiT-Ti/4")
-    add("--steps", type=int, default=2000, help="a multiple of 20")
+    add("--model", default="DiT-Ti/2")
+    add("--steps", type=int, default=2000, help="a multiple of 40")
     add("--batch-size", type=int, default=64)
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=100)
-    add("--num", type=int, default=1000, help="samples a measurement")
+    add("--num", type=int, default=2000, help="samples a measurement")
     add("--solver-steps", type=int, default=12, help="of Heun's method")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--runs", nargs="+", help="these only, and what they need")
     add("--ablations", action="store_true")
     add("--jobs", type=int, default=1, help="runs at a time")
     add("--threads", type=int, help="OMP_NUM_THREADS of each")
-    add("--report", action="store_true", help="no runs: collect what is there")
+    parts = ("train", "measure", "time", "report")
+    add("--only", choices=parts, help="a part of the work (default: train, measure, report)")
     more = "for all training scripts, last: --train-flags --compile ..."
     add("--train-flags", nargs=argparse.REMAINDER, default=[], help=more)
     a = parser.parse_args(argv)
-    if a.steps % 20:
-        parser.error(f"--steps {a.steps}: must be a multiple of 20")
-    if a.report:
+    if a.steps % 40:
+        parser.error(f"--steps {a.steps}: must be a multiple of 40")
+    needed = [("train", a.train), ("test", a.test)][: 1 if a.only == "train" else 2]
+    if a.only in ("time", "report"):
         return a
-    if not (a.train and a.test and a.features):
-        parser.error("--train, --test and --features are needed")
-    for path in (a.train, a.test):
-        if not zipfile.is_zipfile(path):
-            parser.error(f"{path}: no such archive, or not a zip file")
-    if not a.features.is_file():
-        parser.error(f"--features {a.features}: no such file")
+    for name, path in needed:
+        if not path or not zipfile.is_zipfile(path):
+            parser.error(f"--{name} {path}: needed, an archive (zip)")
+    missing = [path for path in a.features if not path.is_file()]
+    if missing or (a.only != "train" and not a.features):
+        parser.error(f"--features {' '.join(map(str, missing))}: needed, existing files")
     return a
 
 
 def main():
     a = parse_args()
-    if a.report:
-        if not (a.out / "protocol.json").exists() or not (a.out / "floor.json").exists():
-            sys.exit(f"{a.out}: nothing measured there yet")
-        protocol = json.loads((a.out / "protocol.json").read_text())
-        for key in FIXED:
-            setattr(a, key, protocol[key])
-        return report(a)
+    if a.only in ("time", "report"):
+        if not (a.out / "protocol.json").exists():
+            sys.exit(f"{a.out}: nothing there yet")
+        settings = json.loads((a.out / "protocol.json").read_text())
+        for key in TRAINING:
+            setattr(a, key, settings[key])
+        return time_steps(a) if a.only == "time" else report(a)
     a.out.mkdir(parents=True, exist_ok=True)
-    keep_to_one_protocol(a)
+    settings = {key: getattr(a, key) for key in TRAINING} | {"train_sha256": sha256(a.train)}
+    keep_to_one_protocol(a.out / "protocol.json", settings)
+    if a.only != "train":
+        keep_to_one_protocol(a.out / "measuring.json", protocol_of_measuring(a))
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    try:
-        prepare(a)
-    except RuntimeError as error:
-        sys.exit(f"{error}")
-    tasks = {}  # in order: a task waits only for those that were started before it
-
-    def task(name, run, seed):
-        if run.after:
-            tasks[run.after[0], seed].result()
-        carry_out(a, name, run, seed)
-
-    with ThreadPoolExecutor(a.jobs) as pool:
-        for seed in a.seeds:
-            runs = chosen(a, seed)
-            for name in sorted(runs, key=lambda name: runs[name].offset):  # what waits comes last
-                tasks[name, seed] = pool.submit(task, name, runs[name], seed)
-    errors = [str(error) for future in tasks.values() if (error := future.exception())]
+    unpack(a.train, a.out / "data")
+    plans = [(seed, chosen(a, seed)) for seed in a.seeds]
+    if a.ablations:
+        plans.append((a.seeds[0], chosen(a, a.seeds[0], ablations=True)))
+    tasks = []
+    if a.only != "measure":
+        with ThreadPoolExecutor(a.jobs) as pool:
+            for seed, runs in plans:
+                futures = {}  # in order: a task waits only for those that were started before it
+                for name in sorted(runs, key=lambda name: runs[name].offset):  # what waits is last
+                    needed = futures.get(runs[name].after[0]) if runs[name].after else None
+                    futures[name] = pool.submit(train, a, name, runs[name], seed, needed)
+                tasks += futures.values()
+    if a.only != "train":
+        try:
+            prepare_reference(a)
+        except RuntimeError as error:
+            sys.exit(f"{error}")
+        with ThreadPoolExecutor(a.jobs) as pool:
+            for seed, runs in plans:
+                for name, run in runs.items():
+                    if run.measured:
+                        tasks.append(pool.submit(measure_run, a, name, run, seed))
+    errors = [str(error) for future in tasks if (error := future.exception())]
     for error in dict.fromkeys(errors):
         print(error, file=sys.stderr)
-    report(a)
+    if a.only != "train":
+        report(a)
     if errors or stopped:
         sys.exit("not finished: the same command goes on from here")
 
