@@ -11,7 +11,8 @@ Conventions, here and in every other file
   - Training runs in the dtype of x_0 (float32), samplers in float64 and their network in `dtype`.
 
 Sources (arXiv): SiT 2401.08740, EDM 2206.00364, DDPM 2006.11239, improved DDPM 2102.09672, DDIM
-2010.02502, classifier-free guidance 2207.12598, interval guidance 2404.07724, REPA 2410.06940.
+2010.02502, classifier-free guidance 2207.12598, interval guidance 2404.07724, REPA 2410.06940,
+MeanFlow 2505.13447.
 """
 
 import math
@@ -316,6 +317,19 @@ def make_diffusion(name, clip=False):
     return Flow("linear" if name == "flow" else name)
 
 
+def draw_interval(n, equal_share, mean, std, device="cpu", normal=None):
+    """MeanFlow's times 0 < r <= t < 1, each (n,): two logit-normal draws; linear flow's time.
+
+    r = t in the first int(equal_share n) rows, as in the official code (meanflow.py, sample_tr).
+    normal (2, n): unit normal draws.
+    """
+    normal = torch.randn(2, n, device=device) if normal is None else normal
+    times = (mean + std * normal).sigmoid()
+    t, r = times.amax(0), times.amin(0)
+    equal = torch.arange(n, device=t.device) < int(equal_share * n)
+    return t, torch.where(equal, t, r)
+
+
 class Guided:
     """Classifier-free guidance, one doubled forward: u + scale (c - u), u with the null label.
 
@@ -467,3 +481,23 @@ def stochastic_heun(
             out, t_batch = network_output(net, diffusion, x, t_next, y, dtype, start=t)
             x = x_hat + (t_next - t_hat) * (d + diffusion.velocity(out, x, t_batch)) / 2
     return x
+
+
+@torch.no_grad()
+def sample_mean_flow(net, noise, y, steps=1, dtype=torch.float32):
+    """x_r = x_t - (t - r) u(x_t, r, t), MeanFlow eq. 12, from unit noise to images, float64.
+
+    net(x, t, y, h=t - r) is a network with `interval`, of linear flow. Costs `steps` calls.
+    """
+    x = noise.double()
+    for t, r in pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()):
+        t_batch, h_batch = (x.new_full((len(x),), value, dtype=dtype) for value in (t, t - r))
+        x = x - (t - r) * net(x.to(dtype), t_batch, y, h=h_batch).double()
+    return x
+
+
+def sample_preview(net, diffusion, noise, y):
+    """A quick look at a network: MeanFlow in one step if it has `interval`, else Euler in 50."""
+    if net.config.get("interval"):
+        return sample_mean_flow(net, noise, y)
+    return sample_ode(net, diffusion, noise, y, 50, "euler")

@@ -1,10 +1,9 @@
 """Networks that are sampled from, the Stable Diffusion VAE, and the reading of weights.
 
 DiT (Peebles & Xie 2023, arXiv 2212.09748) and SiT (Ma et al. 2024, arXiv 2401.08740) are one
-backbone: "SiT-XL/2" is DiT-XL/2 trained under `--diffusion flow`. State-dict keys are those of the
-official code. Conventions stand at the top of diffusion.py. "Features of block k" are the residual
-stream after block k, counted from 1, without any norm; 0 is the embedded input. Networks have no
-randomness of their own. Heads that only training needs live in the training scripts.
+backbone: "SiT-XL/2" is DiT-XL/2 trained under `--diffusion flow`. State-dict keys are the official
+code's; conventions stand at the top of diffusion.py. "Features of block k" are the residual stream
+after block k = 1 .. depth, without any norm; 0 is the embedded input. Networks draw nothing.
 """
 
 import argparse
@@ -24,10 +23,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-SIZES = {  # depth, hidden size, heads: DiT Table 1; H is MaskDiT's; Ti is ours, for CPUs
+SIZES = {  # depth, hidden size, heads: DiT Table 1; M MeanFlow's, H MaskDiT's, Ti ours, for CPUs
     "Ti": (6, 128, 4),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
+    "M": (16, 1024, 16),
     "L": (24, 1024, 16),
     "XL": (28, 1152, 16),
     "H": (32, 1280, 16),
@@ -165,7 +165,7 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer. `config` holds the constructor's arguments, for checkpoints.
 
-    learn_sigma doubles the output channels (DDPM). input_size is the side of the square input.
+    learn_sigma: twice the output channels (DDPM). interval: h = t - r conditions, too (MeanFlow).
     long_residual: DiverseDiT's residuals (arXiv 2603.04239) from the first half of L blocks to the
     second. z = Linear(LayerNorm(concat(late, early))) replaces the late stream. "pre" (the paper's
     Eq. 8): the stream after block i = 0 .. L/2 - 1 meets what enters block L - i. "post" (the
@@ -184,10 +184,11 @@ class DiT(nn.Module):
         learn_sigma=False,
         qk_norm=False,
         long_residual="none",
+        interval=False,
     ):
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "interval")}
         super().__init__()
-        self.config = config
+        self.config = {**config, "interval": True} if interval else config
         if input_size % patch_size:
             raise UserError(f"input size {input_size} is not divisible by patch size {patch_size}")
         fused = 0 if long_residual == "none" else depth // 2
@@ -199,6 +200,7 @@ class DiT(nn.Module):
         self.checkpointing = False
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
+        self.h_embedder = TimestepEmbedder(hidden_size) if interval else None
         table = nn.Embedding(num_classes + 1, hidden_size)  # the last row is the null label
         self.y_embedder = nn.ModuleDict({"embedding_table": table})
         self.register_buffer("pos_embed", position_embedding(hidden_size, input_size // patch_size))
@@ -219,9 +221,10 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for module in self.modules():
+            if isinstance(module, TimestepEmbedder):
+                nn.init.normal_(module.mlp[0].weight, std=0.02)
+                nn.init.normal_(module.mlp[2].weight, std=0.02)
             if isinstance(module, (Block, FinalLayer)):
                 nn.init.zeros_(module.adaLN_modulation[1].weight)
             if isinstance(module, FinalLayer):
@@ -231,9 +234,12 @@ class DiT(nn.Module):
         """Images (N, C, H, W) -> tokens (N, T, D) with positions: the stream "after block 0"."""
         return self.x_embedder(x) + self.pos_embed
 
-    def condition(self, t, y):
-        """Times (N,) and labels (N,) -> conditioning (N, D)."""
-        return self.t_embedder(t) + self.y_embedder["embedding_table"](y)
+    def condition(self, t, y, h=None):
+        """Times (N,), labels (N,), with `interval` h (N,), default 0 -> conditioning (N, D)."""
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)
+        if self.h_embedder and h is None:
+            h = torch.zeros_like(t)  # whose embedding is not zero
+        return c if h is None else c + self.h_embedder(h)
 
     def unpatchify(self, tokens):
         """(N, T, p * p * C) -> (N, C, H, W); within a token the order is (row, column, channel)."""
@@ -272,11 +278,9 @@ class DiT(nn.Module):
                 x = self.long_residual_at(k, x, early)
             yield k, x
 
-    def forward(self, x, t, y, features=()):
-        """x (N, C, H, W), t, y (N,) -> out (N, C_out, H, W); with features (block numbers 0 ..
-        depth): (out, {k: tokens (N, T, D)}).
-        """
-        c = self.condition(t, y)
+    def forward(self, x, t, y, features=(), h=None):
+        """x (N, C, H, W); t, y, h (N,) -> out (N, C_out, H, W), or (out, {k: stream of k})."""
+        c = self.condition(t, y, h)
         kept = {}
         for k, tokens in self.streams(self.embed(x), c):
             if k in features:
@@ -308,15 +312,13 @@ class MaskedDiT(DiT):
         self.config |= {"decoder": list(decoder), "fill": fill, "class_token": class_token}
         hidden_size = network["hidden_size"]
         side = network["input_size"] // network["patch_size"]
-        out_size = self.patch_size**2 * self.out_channels
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if fill == "mask_token" else None
         self.class_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if class_token else None
         self.register_buffer("decoder_pos_embed", position_embedding(width, side))
         self.decoder_layer = FinalLayer(hidden_size, width)
-        self.decoder_blocks = nn.ModuleList(
-            Block(width, heads, cond_size=hidden_size) for _ in range(depth)
-        )
-        self.final_layer = FinalLayer(width, out_size, cond_size=hidden_size)
+        blocks = (Block(width, heads, cond_size=hidden_size) for _ in range(depth))
+        self.decoder_blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(width, self.patch_size**2 * self.out_channels, hidden_size)
         self.init_weights()
         for token in (self.mask_token, self.class_token):
             if token is not None:
@@ -424,9 +426,7 @@ def load_checkpoint(path):
 
     Content: {"method": state dict, "optimizer", "step", "args"}. Raises UserError.
     """
-    files = [path]
-    if path.is_dir():
-        files = (path / "checkpoints").glob("*.pt")
+    files = (path / "checkpoints").glob("*.pt") if path.is_dir() else [path]
     problems = []
     for file in sorted(files, key=lambda file: (len(file.name), file.name), reverse=True):
         try:
@@ -486,7 +486,7 @@ def load_weights(model, part, path, source=None):
 
 # Official checkpoints
 
-SOURCES = ("dit", "sit", "repa", "sra", "maskdit")
+SOURCES = ("dit", "sit", "repa", "sra", "maskdit", "meanflow")
 TRAINING_HEADS = ("ap_head.", "projectors.", "projectors_final.")  # SRA, REPA, Self-Transcendence
 
 
@@ -508,7 +508,6 @@ def reverse_time(state):
 def official_config(state, num_heads):
     """The `config` of a network with these weights; the number of heads is not in them."""
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    out_size = len(state["final_layer.linear.bias"])
     blocks = {tuple(name.split(".")[:2]) for name in state if "blocks." in name}
     config = {
         "input_size": math.isqrt(state["pos_embed"].shape[1]) * patch_size,
@@ -518,7 +517,7 @@ def official_config(state, num_heads):
         "depth": sum(kind == "blocks" for kind, _ in blocks),
         "num_heads": num_heads,
         "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
-        "learn_sigma": out_size == 2 * in_channels * patch_size**2,
+        "learn_sigma": len(state["final_layer.linear.bias"]) == 2 * in_channels * patch_size**2,
         "qk_norm": any(".q_norm." in name for name in state),
         "long_residual": "post" if "skip_norms.0.weight" in state else "none",
     }
@@ -532,8 +531,8 @@ def load_official(path, source, num_heads, weights="ema"):
     """A checkpoint of official code -> (network, notes in sentences on what was converted).
 
     source: "dit" (also SRA's DiT), "sit" (the original), "repa" or "sra" (SiT in our time: also
-    Self-Transcendence and DiverseDiT), "maskdit". weights: "ema" or "model" of a training
-    checkpoint; a bare state dict is taken as it is. Raises UserError.
+    Self-Transcendence and DiverseDiT), "maskdit", "meanflow" (its PyTorch ports). weights: "ema"
+    or "model" of a training checkpoint; a bare state dict is taken as it is. Raises UserError.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):  # some keep their flags as one
         state = load_tensors(path)
@@ -544,6 +543,8 @@ def load_official(path, source, num_heads, weights="ema"):
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no {weights!r} weights")
     state = {name.removeprefix("module.").removeprefix("model."): v for name, v in state.items()}
+    if source == "meanflow":  # HaoyiZhu/MeanFlow-PyTorch has our name, zhuyu-cs/MeanFlow another
+        state = {name.replace("r_embedder.", "h_embedder."): v for name, v in state.items()}
     kept = {name: v for name, v in state.items() if not name.startswith(TRAINING_HEADS)}
     if len(kept) < len(state):
         notes.append(f"left out {', '.join(sorted(state.keys() - kept.keys()))}: training heads")
@@ -552,7 +553,7 @@ def load_official(path, source, num_heads, weights="ema"):
             rows = kept["y_embedder.embedding_table.weight"].T
             kept["y_embedder.embedding_table.weight"] = F.pad(rows, (0, 0, 0, 1))
             notes.append("null label: the all-zero label became a zero row of the label table")
-        config = official_config(kept, num_heads)
+        config = official_config(kept, num_heads) | {"interval": source == "meanflow"}
     except (KeyError, AttributeError) as missing:
         raise UserError(f"{path} is not a DiT or SiT checkpoint: missing {missing}") from None
     if config["learn_sigma"] and source != "dit":

@@ -61,7 +61,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import models
-from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_ode, seed_of
+from diffusion import DIFFUSIONS, ImageNoise, make_diffusion, sample_preview, seed_of
 from models import UserError, write_atomically
 
 # --- method: SD-DiT
@@ -517,11 +517,11 @@ def save_checkpoint(method, optimizer, args, about, automatic=False):
 
 
 def draw_samples(method, diffusion, data, args, step, device):
-    """A grid of the EMA's samples, a column for each of at most ten classes: Euler, 50 steps."""
+    """A grid of the EMA's samples, a column for each of at most ten classes."""
     columns = min(10, len(data.classes))
     y = torch.linspace(0, len(data.classes) - 1, columns).round().long().repeat(4).to(device)
     noise = ImageNoise(args.seed, range(len(y)), data.shape, device)()
-    images = sample_ode(method.ema, diffusion, noise, y, 50, "euler").float()
+    images = sample_preview(method.ema, diffusion, noise, y).float()
     if data.vae:
         images = data.vae.decode(images / args.vae_scale)
     path = Path(args.out, "samples", f"{step:07d}.png")

@@ -30,6 +30,7 @@ GOLDENS = ROOT / "tests" / "goldens"
 sys.path.insert(0, str(ROOT))
 
 CORE = {case["case"]: case for case in json.loads((GOLDENS / "manifest_core.json").read_text())}
+CORE |= {case["case"]: case for case in json.loads((GOLDENS / "manifest_onestep.json").read_text())}
 EVAL = {case["case"]: case for case in json.loads((GOLDENS / "manifest_eval.json").read_text())}
 STATE_DICTS = json.loads((GOLDENS / "eval_state_dicts.json").read_text())
 

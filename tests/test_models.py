@@ -70,6 +70,23 @@ def test_sra_forward(golden, tmp_path, case):
     g.all_checked()
 
 
+@pytest.mark.parametrize("name", ["h_embedder", "r_embedder"])
+def test_meanflow_forward(golden, tmp_path, name):
+    """Under the names of both ports; without a length of the interval it is 0, and embedded."""
+    g = golden("meanflow_forward")
+
+    def renamed(state):
+        return {key.replace("h_embedder", name): v for key, v in state.items()}
+
+    model, _ = from_file(g, tmp_path, "meanflow", renamed)
+    assert model.config["interval"] and "interval" not in tiny().config
+    i = g.inputs
+    with torch.no_grad():
+        g.check("out", model(i["x"], i["t"], i["y"], h=i["h"]))
+        g.check("out_h0", model(i["x"], i["t"], i["y"]))
+    g.all_checked()
+
+
 def test_repa_checkpoint_with_ddp_prefix_and_projectors(tmp_path):
     model = tiny()
     state = {f"module.{k}": v for k, v in model.state_dict().items()}
@@ -131,6 +148,8 @@ def test_named_sizes_have_the_published_parameter_counts():
             assert abs(sum(v.numel() for v in state.values()) / 1e6 - plain) < 0.06
             parameters = MaskedDiT(**shape, **size).parameters()
             assert abs(sum(p.numel() for p in parameters) / 1e6 - masked) < 0.1
+        mean_flow = DiT(**shape, **parse_model("SiT-XL/2"), interval=True).parameters()
+        assert abs(sum(p.numel() for p in mean_flow) / 1e6 - 676) < 1
     assert parse_model("SiT-XL/2") == parse_model("DiT-XL/2")
 
 
