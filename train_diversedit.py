@@ -2,7 +2,7 @@
 
 Blocks learn much the same; the ones that differ help. Long residual connections from the first half
 of the blocks to the second give late blocks other inputs. A loss on the blocks' own features makes
-them differ. No encoder, no teacher.
+them differ. No encoder, no teacher. `--mean-flow`: on MeanFlow (2505.13447), sampled in one step.
 
     z    = Linear( LN( concat(f_{L-i-1}, f_i) ) ), i = 0 .. L/2 - 1, enters block L - i  (Eq. 8)
     orth = mean over pairs P of cos(mu_i, mu_j)                 mu_i: mean of f_i over all tokens
@@ -10,6 +10,8 @@ them differ. No encoder, no teacher.
     disp = -min(1, 4 Var_k(a_k / max_k a_k)),  a_k = mean over blocks, tokens of |f_i,k| / ||f_i,k||
     L    = L_denoise + w L_div,    L_div = (orth + MI + disp) / 3
     w    = 1 if L_div > 0.5; (L_div - 0.1) / 0.5 if 0.1 < L_div <= 0.5; else 0   (after Eq. 15)
+    L_denoise of MeanFlow = mean of |u - u_tgt|^2 / sg(|u - u_tgt|^2 + 0.01),  x_r = x_t - (t - r) u
+    u_tgt = sg(v_g - (t - r) du/dt),    v_g = omega v + kappa v_c + (1 - omega - kappa) v_u
 
 Commands; the same command goes on with an interrupted run:
     # toy: built-in shapes, CPU
@@ -18,11 +20,12 @@ Commands; the same command goes on with an interrupted run:
     # 8 GPUs, the paper's setting; VAE: sd-vae-ft-mse's diffusion_pytorch_model.safetensors
     torchrun --nproc_per_node=8 train_diversedit.py --data imagenet/train --vae vae.safetensors \
         --image-size 256 --model SiT-XL/2
-    # 2 nodes, on both
+    # 2 nodes, on both; MeanFlow, whose own settings the last two flags are
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \
         train_diversedit.py --data imagenet/train --vae vae.safetensors --image-size 256 \
-        --model SiT-XL/2
-With SRA on top: `--align-weight 0.2`. Plain SiT: `--long-residual none --diversity-weight 0`.
+        --model SiT-XL/2 --mean-flow --clip-grad 0 --beta2 0.95
+On top: SRA `--align-weight 0.2`, Dispersive Loss (2506.09027) `--disperse-weight 0.5`. Plain SiT,
+or MeanFlow: `--long-residual none --diversity-weight 0`.
 
 Implementation details (files of the official repository at 5fedda17; research model at ff92f9dd)
  1. Long residuals: pre is Eq. 8 and the research model; post is the released models/sit.py. No
@@ -34,6 +37,9 @@ Implementation details (files of the official repository at 5fedda17; research m
     the blocks of P, with anchor over all blocks. Each process and micro-batch has its own L_div.
  4. The weight is not detached [train.py]: its gradient is 4 L_div - 0.2 times L_div's.
  5. No flips, no EMA warm-up, batch 256, AdamW 1e-4, clipping at 1. SRA as in train_sra.py.
+ 6. MeanFlow [Gsunshine/meanflow at d70cb55d]: r = t in the first 3/4 of a micro-batch; the first
+    rows lose their labels. Guidance: Table 4, by model. SRA's teacher sees r = t. Official: fp32.
+ 7. Dispersive Loss: the paper's weight, block, tau; released code 0.25, last, 1. By micro-batch.
 Differences: the released train.py stops with an AttributeError. Its block-diversity coefficient
 does nothing. It returns 0 for non-finite values, here the run stops. fp16 there, bf16 here.
 """
@@ -69,10 +75,19 @@ from models import UserError, write_atomically
 # --- method: DiverseDiT
 
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusion import draw_interval, per_image
 from models import DiT, frozen_copy
 
 DEFAULTS = {"flip": False, "ema_warmup": False}
+
+GUIDANCE = {  # omega, kappa, times: MeanFlow's Table 4; B/4: the best of its Table 1f
+    "B/4": (3.0, 0.0, [0.0, 1.0]),
+    "L": (0.2, 0.92, [0.0, 0.8]),
+    "XL": (0.2, 0.92, [0.0, 0.75]),
+    "other": (1.0, 0.5, [0.0, 1.0]),  # B/2 and M/2; Ti, S and H have no published ones
+}
 
 
 def method_arguments(parser):
@@ -93,9 +108,23 @@ def method_arguments(parser):
     add("--align-weight", type=float, default=0.0, help="of SRA's alignment on top (SRA: 0.2)")
     add("--student-block", type=int, help="SRA: aligned block (default: the paper's)")
     add("--teacher-block", type=int, help="SRA: block of the EMA (default: the paper's)")
-    add(
-        "--time-gap", type=float, default=0.2, help="SRA: the teacher's lead, as a part of all time"
-    )
+    gap = "SRA: the teacher's lead, as a part of all time"
+    add("--time-gap", type=float, default=0.2, help=gap)
+    add = parser.add_argument_group("Dispersive Loss").add_argument
+    add("--disperse-weight", type=float, default=0.0, help="lambda (paper: 0.5)")
+    add("--disperse-block", type=int, help="whose stream disperses (default: depth // 4)")
+    add("--disperse-temperature", type=float, default=0.5, help="tau")
+    add = parser.add_argument_group("MeanFlow").add_argument
+    add("--mean-flow", action="store_true", help="learn average velocities, for one-step sampling")
+    guided = "of guided targets (default: the paper's; beside another one of the three {})"
+    add("--omega", type=float, help=guided.format(1))
+    add("--kappa", type=float, help=guided.format(0))
+    add("--guided-times", type=float, nargs=2, metavar=ends, help=guided.format("0 1"))
+    add("--equal-share", type=float, default=0.75, help="share of a micro-batch with r = t")
+    add("--time-mean", type=float, default=-0.4, help="of the logit of t and r")
+    add("--time-std", type=float, default=1.0, help="of the logit of t and r")
+    add("--loss-power", type=float, default=1.0, help="p of the adaptive weight")
+    add("--loss-offset", type=float, default=0.01, help="c of the adaptive weight")
 
 
 def block_pairs(depth, pairs, anchor):
@@ -129,6 +158,37 @@ def adaptive_weight(diversity, low, high):
     return torch.where(diversity > high, 1.0, between)
 
 
+def dispersive_loss(tokens, temperature):
+    """ln mean_ij exp(-|z_i - z_j|^2 / (T D tau)), i = j too: DispLoss, transport/transport.py.
+
+    tokens (N, T, D) of N images, which push each other apart.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        n = len(tokens)
+        z = tokens.float().flatten(1)
+        squared = F.pdist(z).square() / z.shape[1]  # of the pairs i < j
+        return ((n + 2 * (-squared / temperature).exp().sum()) / n**2).log()
+
+
+def guidance_settings(model, *given):
+    """omega, kappa, times of MeanFlow's guided targets: those given, or all three the paper's."""
+    _, _, size = model.partition("-")
+    default = GUIDANCE.get(size) or GUIDANCE.get(size.partition("/")[0], GUIDANCE["other"])
+    if any(value is not None for value in given):
+        default = (1.0, 0.0, [0.0, 1.0])
+    return [own if value is None else value for value, own in zip(given, default)]
+
+
+def time_derivative(net, z, t, r, y, v):
+    """du/dt = v d_z u + d_t u (N, C, H, W) of u(z, r, t): MeanFlow eq. 8, in forward mode.
+
+    Of attention's kernels only the math one has a forward derivative.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        tangents = (v, torch.ones_like(t))
+        return torch.func.jvp(lambda z, t: net(z, t, y, h=t - r), (z, t), tangents)[1]
+
+
 def alignment_blocks(depth, ddpm):
     """SRA's student and teacher block, as in train_sra.py: SRA section 3.2, Table 5."""
     if depth == 28:
@@ -157,13 +217,18 @@ class DiverseDiT(nn.Module):
         self.step = 0  # set by the loop: steps that are done
         self.null_label = network["num_classes"]
         self.depth = network["depth"]
-        self.model = DiT(**network, long_residual=args.long_residual)
+        if args.mean_flow:
+            given = (args.omega, args.kappa, args.guided_times)
+            args.omega, args.kappa, args.guided_times = guidance_settings(args.model, *given)
+        self.model = DiT(**network, long_residual=args.long_residual, interval=args.mean_flow)
         self.ema = frozen_copy(self.model)
         self.layers = self.depth  # blocks that the loss sees
         if args.pairs == "random":
             self.layers = min(args.pair_layers, self.depth)
+        quarter = self.depth // 4
+        self.disperse_block = quarter if args.disperse_block is None else args.disperse_block
+        self.check(args)
         if args.diversity_weight != 0:
-            self.check(args)
             pairs = torch.zeros(self.layers, self.layers)
             for i, j in block_pairs(self.layers, args.pairs, args.anchor_block):
                 pairs[i - 1, j - 1] = 1
@@ -175,20 +240,31 @@ class DiverseDiT(nn.Module):
             self.student_block = student if args.student_block is None else args.student_block
             self.teacher_block = teacher if args.teacher_block is None else args.teacher_block
             if not 1 <= self.student_block <= self.teacher_block <= self.depth:
-                blocks = (
-                    f"--student-block {self.student_block} --teacher-block {self.teacher_block}"
-                )
-                raise UserError(f"{blocks}: need 1 <= student <= teacher <= {self.depth}")
+                bounds = f"1 <= --student-block <= --teacher-block <= {self.depth}"
+                raise UserError(f"SRA needs {bounds}")
             self.head = projection_head(network["hidden_size"])
 
     def check(self, args):
-        low, high = args.weight_range
-        if self.layers < 2 or not 1 <= args.anchor_block < self.depth:
-            raise UserError(
-                "no pair of blocks: --pair-layers 2 or more, --anchor-block below depth"
-            )
-        if not 0 <= low < high:
-            raise UserError(f"--weight-range {low} {high}: need 0 <= LOW < HIGH")
+        if args.diversity_weight != 0:
+            low, high = args.weight_range
+            if self.layers < 2 or not 1 <= args.anchor_block < self.depth:
+                raise UserError("no pairs: --pair-layers 2 or more, --anchor-block below depth")
+            if not 0 <= low < high:
+                raise UserError(f"--weight-range {low} {high}: need 0 <= LOW < HIGH")
+        if args.disperse_weight != 0:
+            if args.micro_batch == 1:
+                raise UserError("--disperse-weight: one image in a --micro-batch has no others")
+            if not 1 <= self.disperse_block <= self.depth:
+                raise UserError(f"--disperse-block {self.disperse_block}: 1 to {self.depth}")
+        if args.mean_flow:
+            low, high = args.guided_times
+            if args.diffusion != "flow":
+                raise UserError(f"--mean-flow is not defined for --diffusion {args.diffusion}")
+            if not (0 <= args.kappa < 1 and low < high and 0 <= args.equal_share <= 1):
+                bounds = "0 <= --kappa < 1, --guided-times LOW < HIGH, 0 <= --equal-share <= 1"
+                raise UserError(f"need {bounds}")
+            if args.label_drop == 0 and (args.omega, args.kappa) != (1, 0):
+                raise UserError("--label-drop 0: guided targets need a null label, or --omega 1")
 
     def choose_layers(self):
         """Blocks that the loss sees in this step, ascending; equal on all ranks."""
@@ -197,29 +273,39 @@ class DiverseDiT(nn.Module):
         rng = np.random.default_rng(seed_of(self.args.seed, self.step))
         return sorted((rng.permutation(self.depth)[: self.layers] + 1).tolist())
 
-    def forward(self, x0, y, t=None, noise=None, drop=None, u=None, layers=None):
+    def forward(self, x0, y, t=None, r=None, noise=None, drop=None, u=None, layers=None):
         """Images x0 (N, C, H, W) in [-1, 1], labels y (N,) -> {"loss", ...}, scalars.
 
-        Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1), layers of the pairs, ascending.
+        Draws: t (N,), noise like x0, drop and u (N,) from U(0, 1), layers of the pairs, ascending;
+        for MeanFlow r (N,) too, equal to t in the first int(equal_share N) rows.
         """
         args = self.args
         n = len(x0)
+        if args.mean_flow and t is None:
+            t, r = draw_interval(n, args.equal_share, args.time_mean, args.time_std, x0.device)
         t = self.diffusion.draw_t(n, x0.device) if t is None else t
         noise = torch.randn_like(x0) if noise is None else noise
         drop = torch.rand(n, device=x0.device) if drop is None else drop
         u = torch.rand(n, device=x0.device) if u is None else u
         layers = self.choose_layers() if layers is None else layers
         wanted = tuple(layers) if args.diversity_weight != 0 else ()
-        if args.align_weight > 0:
-            wanted += (self.student_block,)
-        y = torch.where(drop < args.label_drop, self.null_label, y)
-        inputs = (*self.diffusion.net_inputs(self.diffusion.add_noise(x0, noise, t), t), y)
-        out, features = (
-            self.model(*inputs, features=wanted) if wanted else (self.model(*inputs), {})
-        )
-        denoise = self.diffusion.loss(out, x0, noise, t).mean()
-        total = denoise
-        terms = {"denoise": denoise}
+        wanted += (self.disperse_block,) if args.disperse_weight != 0 else ()
+        wanted += (self.student_block,) if args.align_weight > 0 else ()
+        dropped = drop < args.label_drop
+        if args.mean_flow:  # as many, but the first rows
+            dropped = torch.arange(n, device=x0.device) < dropped.sum()
+        labels = torch.where(dropped, self.null_label, y)
+        x_t = self.diffusion.add_noise(x0, noise, t)
+        h = t - r if args.mean_flow else None
+        inputs = (*self.diffusion.net_inputs(x_t, t), labels)
+        out = self.model(*inputs, features=wanted, h=h)
+        out, features = out if wanted else (out, {})
+        if args.mean_flow:
+            v = self.diffusion.target(x0, noise, t)
+            terms = self.mean_flow(out, x_t, v, t, r, y, labels)
+        else:
+            terms = {"denoise": self.diffusion.loss(out, x0, noise, t).mean()}
+        total = terms["denoise"]
         if args.diversity_weight != 0:
             parts = diversity_terms(torch.stack([features[k] for k in layers]), self.pairs)
             diversity = sum(a * b for a, b in zip(args.term_weights, parts))
@@ -229,11 +315,57 @@ class DiverseDiT(nn.Module):
             total = total + (weight.detach() if args.detach_weight else weight) * diversity
             terms |= {"diversity": diversity, **dict(zip(("orth", "mi", "disp"), parts))}
             terms |= {"weight": weight}
+        if args.disperse_weight != 0:
+            disperse = dispersive_loss(features[self.disperse_block], args.disperse_temperature)
+            total = total + args.disperse_weight * disperse
+            terms |= {"disperse": disperse}
         if args.align_weight > 0:
-            align = self.alignment(features[self.student_block], x0, y, t, noise, u)
+            align = self.alignment(features[self.student_block], x0, labels, t, noise, u)
             total = total + args.align_weight * align
             terms |= {"align": align}
         return {"loss": total, **terms}
+
+    def mean_flow(self, u, z, v, t, r, y, labels):
+        """MeanFlow's loss of u (N, C, H, W), what the network gives for z (N, C, H, W) and labels,
+        y after dropping. Also squared errors a pixel: to v, and to the target, r = t and r < t.
+        """
+        args = self.args
+        with torch.no_grad():  # after u: blocks that ran under jvp first would never be compiled
+            target = self.mean_flow_target(z, v, t, r, y, labels)
+        errors = (u.float() - target).square().flatten(1).sum(1)  # (N,), over C, H, W
+        divisor = (errors + args.loss_offset).pow(args.loss_power).detach()  # section 4.3
+        terms = {"denoise": (errors / divisor).mean(), "error_v": F.mse_loss(u.float(), v)}
+        k = int(args.equal_share * len(u))
+        for name, part in (("error_equal", errors[:k]), ("error_below", errors[k:])):
+            terms |= {name: part.mean() / v[0].numel()} if len(part) else {}
+        return terms
+
+    def mean_flow_target(self, z, v, t, r, y, labels):
+        """v_g - (t - r) du/dt (N, C, H, W): MeanFlow eq. 18; v_g = v in rows without label."""
+        guided = self.guided_velocity(z, v, t, y)
+        v_g = torch.where((labels == self.null_label)[:, None, None, None], v, guided)
+        k = int(self.args.equal_share * len(z))  # r = t up to here: no derivative needed
+        if k == len(z):
+            return v_g
+        dudt = time_derivative(self.model, z[k:], t[k:], r[k:], labels[k:], v_g[k:])
+        return torch.cat([v_g[:k], v_g[k:] - per_image(t - r, z)[k:] * dudt])
+
+    def guided_velocity(self, z, v, t, y):
+        """omega v + kappa v_c + (1 - omega - kappa) v_u: MeanFlow eq. 19, 21; at other times v.
+
+        v_c and v_u are the network's own velocities, u at h = 0, with labels y (N,) and without.
+        """
+        omega, kappa = self.args.omega, self.args.kappa
+        low, high = self.args.guided_times
+        if omega == 1 and kappa == 0:
+            return v
+        null = torch.full_like(y, self.null_label)
+        labels = [null, y] if kappa != 0 else [null]
+        m = len(labels)
+        own = self.model(z.repeat(m, 1, 1, 1), t.repeat(m), torch.cat(labels)).float().chunk(m)
+        guided = omega * v + kappa * own[-1] + (1 - omega - kappa) * own[0]
+        inside = (low <= t) & (t <= high)
+        return torch.where(inside[:, None, None, None], guided, v)
 
     def alignment(self, tokens, x0, y, t, noise, u):
         """SRA's loss of the student's tokens (N, T, D), as in train_sra.py."""
