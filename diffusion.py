@@ -407,8 +407,11 @@ def sample_ode(net, diffusion, noise, y, steps, solver="heun", dtype=torch.float
 
     net(x, t, y) is a network or `Guided`. Euler costs `steps` calls, Heun 2 * steps - 1. EDM + heun
     is EDM's Algorithm 1; DDPM + euler is DDIM (eq. 13); Flow + either is REPA's ODE sampler.
+    "meanflow" is sample_mean_flow.
     """
-    assert solver in ("euler", "heun"), solver
+    assert solver in ("euler", "heun", "meanflow"), solver
+    if solver == "meanflow":
+        return sample_mean_flow(net, noise, y, steps, dtype)
     grid = diffusion.times(steps)
     times = grid.tolist()
     clock = diffusion.clock(grid).tolist()
@@ -489,6 +492,9 @@ def sample_mean_flow(net, noise, y, steps=1, dtype=torch.float32):
 
     net(x, t, y, h=t - r) is a network with `interval`, of linear flow. Costs `steps` calls.
     """
+    if isinstance(net, Guided):
+        assert net.scale == 1, "guidance is in the weights of such networks"
+        net = net.net
     x = noise.double()
     for t, r in pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()):
         t_batch, h_batch = (x.new_full((len(x),), value, dtype=dtype) for value in (t, t - r))
@@ -498,6 +504,5 @@ def sample_mean_flow(net, noise, y, steps=1, dtype=torch.float32):
 
 def sample_preview(net, diffusion, noise, y):
     """A quick look at a network: MeanFlow in one step if it has `interval`, else Euler in 50."""
-    if net.config.get("interval"):
-        return sample_mean_flow(net, noise, y)
-    return sample_ode(net, diffusion, noise, y, 50, "euler")
+    steps, solver = (1, "meanflow") if "interval" in net.config else (50, "euler")
+    return sample_ode(net, diffusion, noise, y, steps, solver)
