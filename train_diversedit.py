@@ -182,9 +182,10 @@ def guidance_settings(model, *given):
 def time_derivative(net, z, t, r, y, v):
     """du/dt = v d_z u + d_t u (N, C, H, W) of u(z, r, t): MeanFlow eq. 8, in forward mode.
 
-    Of attention's kernels only the math one has a forward derivative.
+    Of attention's kernels the math one alone has a forward derivative. A compiled block that runs
+    under jvp gives up for good: torch 2.13 never runs it compiled again.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         tangents = (v, torch.ones_like(t))
         return torch.func.jvp(lambda z, t: net(z, t, y, h=t - r), (z, t), tangents)[1]
 
@@ -330,7 +331,7 @@ class DiverseDiT(nn.Module):
         y after dropping. Also squared errors a pixel: to v, and to the target, r = t and r < t.
         """
         args = self.args
-        with torch.no_grad():  # after u: blocks that ran under jvp first would never be compiled
+        with torch.no_grad():
             target = self.mean_flow_target(z, v, t, r, y, labels)
         errors = (u.float() - target).square().flatten(1).sum(1)  # (N,), over C, H, W
         divisor = (errors + args.loss_offset).pow(args.loss_power).detach()  # section 4.3

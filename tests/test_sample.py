@@ -146,14 +146,18 @@ def test_guidance_needs_a_null_label(tmp_path, capfd):
     call("sample", flags)
 
 
-def test_official_weights_are_sampled_as_the_network_itself(tmp_path):
-    model = tiny(hidden_size=128, depth=6, num_heads=4)
-    torch.save({"ema": model.state_dict()}, tmp_path / "repa.pt")
-    flags = "--official repa --model SiT-Ti/2 --num 3 --steps 4 --latents"
-    call("sample", "--ckpt", tmp_path / "repa.pt", flags, "--out", tmp_path / "out")
+@pytest.mark.parametrize("source", ["repa", "meanflow"])
+def test_official_weights_are_sampled_as_the_network_itself(tmp_path, source, capfd):
+    model = tiny(hidden_size=128, depth=6, num_heads=4, interval=source == "meanflow")
+    torch.save({"ema": model.state_dict()}, tmp_path / "official.pt")
+    flags = f"--ckpt {tmp_path / 'official.pt'} --official {source} --model SiT-Ti/2 --num 3"
+    call("sample", flags, "--steps 4 --latents --out", tmp_path / "out")
     draw = ImageNoise(0, range(3), (3, 8, 8))
     noise, y = draw(), draw.choice(range(10))
-    expected = sample_ode(model, Flow(), noise, y, 4).float().numpy()
+    solver = {"repa": "heun"}.get(source, source)
+    expected = sample_ode(model, Flow(), noise, y, 4, solver).float().numpy()
+    if source == "meanflow":
+        assert "--omega" in one_line(capfd, "sample", flags, "--guidance 2 --latents")
     latents, labels = images(tmp_path / "out")
     assert np.array_equal(labels, y) and np.abs(latents - expected).max() < 1e-5
 
@@ -178,3 +182,48 @@ def test_samples_of_a_retrained_network_are_not_taken_for_the_old_ones(tmp_path,
     checkpoint_path(tmp_path / "run", 2).unlink()
     train(tmp_path / "run", "--steps 2 --seed 1")
     assert "other samples" in one_line(capfd, "sample", flags)
+
+
+def test_networks_with_an_average_velocity(tmp_path, capfd):
+    """One step by default; other solvers take its velocity; guidance is that of the training."""
+    noise, found = torch.Generator().manual_seed(0), []
+    for name, flags in (("guided", "--mean-flow"), ("plain", "--mean-flow --omega 1")):
+        train(tmp_path / name, "--steps 2", flags, script="train_diversedit")
+    change_average(
+        tmp_path / "guided", 2, lambda v: v + 0.05 * torch.randn(v.shape, generator=noise)
+    )
+    for k, way in enumerate(
+        ("", "--solver meanflow --batch-size 2", "--steps 2", "--solver euler")
+    ):
+        flags = f"--ckpt {tmp_path / 'guided'} --num 5 {way}"
+        call("sample", flags, "--out", tmp_path / str(k))
+        found.append(images(tmp_path / str(k)))
+    assert_same_images(found[0], found[1])
+    assert all((found[0][0] != other).mean() > 0.3 for other, _ in found[2:])
+    protocol = json.loads((tmp_path / "0" / "protocol.json").read_text())
+    assert (protocol["solver"], protocol["steps"]) == ("meanflow", 1)
+    flags = "--num 2 --guidance 1.5 --out"
+    plain = f"--ckpt {tmp_path / 'plain'} --solver euler --steps 1"
+    call("sample", plain, flags, tmp_path / "euler")
+    for name, way in (("plain", ""), ("guided", "--solver euler --steps 1")):
+        line = f"--ckpt {tmp_path / name} {way} {flags} {tmp_path / 'none'}"
+        assert "--omega" in one_line(capfd, "sample", line)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--solver meanflow", "--mean-flow"),
+        ("--latents --png", "--png"),
+        ("--model SiT-B/2", "--model"),
+        ("--diffusion edm", "--diffusion"),
+        ("--labels null --classes 3", "--classes 3"),
+        ("--out {file}", "{file}"),
+    ],
+)
+def test_flags_that_do_not_fit(trained, tmp_path, flags, named, capfd):
+    file = tmp_path / "file"
+    file.write_text("")
+    own = f"--ckpt {trained['flow']} --num 2 --steps 1 --out {tmp_path / 'out'}"
+    assert named.format(file=file) in one_line(capfd, "sample", own, flags.format(file=file))
+    assert list(tmp_path.iterdir()) == [file]
