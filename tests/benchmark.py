@@ -55,6 +55,7 @@ from models import Block, DiT, parse_model
 
 STAGE2 = ["--stage", "2", "--teacher", "TEACHER"]
 EDM = ["--diffusion", "edm"]
+MEAN_FLOW = ["--mean-flow", "--long-residual", "none", "--diversity-weight", "0", "--omega", "1"]
 # name: script, its method, flags; the noise process is --diffusion, unless the flags say otherwise
 METHODS = {
     "vanilla": (train_sra, "SRA", ["--align-weight", "0"]),
@@ -69,6 +70,8 @@ METHODS = {
     "stopped": (train_selftranscendence, "SelfTranscendence", [*STAGE2, "--stop-step", "0"]),
     "diversedit": (train_diversedit, "DiverseDiT", []),
     "no loss": (train_diversedit, "DiverseDiT", ["--diversity-weight", "0"]),
+    "meanflow": (train_diversedit, "DiverseDiT", MEAN_FLOW),
+    "guided": (train_diversedit, "DiverseDiT", [*MEAN_FLOW, "--kappa", "0.5"]),  # in training
 }
 # rows whose own part runs on three images in ten; what is left without it
 IN_RANGE = {"stage 1": "vanilla", "stage 2": "stopped"}
@@ -104,6 +107,8 @@ def macs(network):
     hidden = 2048 if D >= 768 else 2 * D
     mlp = T * (2 * D * hidden + hidden**2)
     guide = 2 * (embed + 2 * depth // 3 * block_macs(T, D))
+    average = vanilla + 256 * D + D**2  # with the embedder of t - r
+    derivative = 3 * average  # torch multiplies the tangents of weights as well, which are zero
     return {
         "vanilla": 3 * vanilla,
         "plain": 3 * vanilla,
@@ -117,6 +122,8 @@ def macs(network):
         "stopped": 3 * vanilla,
         "diversedit": 3 * (vanilla + residuals + cosines),
         "no loss": 3 * (vanilla + residuals),
+        "meanflow": 3 * average + derivative / 4,
+        "guided": 3 * average + derivative / 4 + 2 * average,
     }
 
 
@@ -328,7 +335,8 @@ def counted(name, network, batch, args, checkpointing=False, more=()):
     }
     # trunc_normal_ looks at what it has drawn
     draw = mock.patch("torch.nn.init.trunc_normal_", nn.init.normal_)
-    with WithoutContent(), Traffic() as traffic, draw:
+    with WithoutContent() as mode, Traffic() as traffic, draw:
+        mode.cache_enabled = MEAN_FLOW[0] not in METHODS[name][2]  # jvp fails on cached views
         method, parsed = make_method(name, network, args, more)
         method.model.checkpointing = checkpointing
         parameters = [p for p in method.parameters() if p.requires_grad]
