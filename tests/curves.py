@@ -44,15 +44,15 @@ def main():
     logged = dict.fromkeys(name for rows in logs for row in rows for name in row)
     terms = args.terms or [name for name in logged if name not in OTHERS]
     width = 20 + 360 * min(3, len(terms))
-    image = Image.new("RGB", (width, 60 + 270 * -(-len(terms) // 3) + 25 * len(logs)), "white")
+    image = Image.new("RGB", (width, 60 + 270 * -(-len(terms) // 3) + 20 * len(logs)), "white")
     draw = ImageDraw.Draw(image)
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(logs))]
     for k, term in enumerate(terms):
         left, top = 70 + 360 * (k % 3), 30 + 270 * (k // 3)
-        lines = [(c, False, points(rows, term, args.points)) for c, rows in zip(colours, logs)]
+        lines = [(c, 2, points(rows, term, args.points)) for c, rows in zip(colours, logs)]
         curves(draw, (left, top, left + 280, top + 200), lines, term)
     entries = list(zip(map(str, args.runs), colours))
-    bottom = legend(draw, entries, 70, 20 + 270 * -(-len(terms) // 3), width)
+    bottom = legend(draw, entries, 70, 270 * -(-len(terms) // 3), columns=1)
     image.crop((0, 0, width, bottom)).save(args.out)
 
 
