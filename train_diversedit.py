@@ -303,7 +303,7 @@ class DiverseDiT(nn.Module):
         out, features = out if wanted else (out, {})
         if args.mean_flow:
             v = self.diffusion.target(x0, noise, t)
-            terms = self.mean_flow(out, x_t, v, t, r, y, labels)
+            terms = self.mean_flow(out, x_t, v, t, r, labels)
         else:
             terms = {"denoise": self.diffusion.loss(out, x0, noise, t).mean()}
         total = terms["denoise"]
@@ -326,13 +326,14 @@ class DiverseDiT(nn.Module):
             terms |= {"align": align}
         return {"loss": total, **terms}
 
-    def mean_flow(self, u, z, v, t, r, y, labels):
-        """MeanFlow's loss of u (N, C, H, W), what the network gives for z (N, C, H, W) and labels,
-        y after dropping. Also squared errors a pixel: to v, and to the target, r = t and r < t.
+    def mean_flow(self, u, z, v, t, r, labels):
+        """MeanFlow's loss of u (N, C, H, W), what the network gives for z (N, C, H, W) and labels.
+
+        Beside it squared errors a pixel: to v; to the target, where r = t and where r < t.
         """
         args = self.args
         with torch.no_grad():
-            target = self.mean_flow_target(z, v, t, r, y, labels)
+            target = self.mean_flow_target(z, v, t, r, labels)
         errors = (u.float() - target).square().flatten(1).sum(1)  # (N,), over C, H, W
         divisor = (errors + args.loss_offset).pow(args.loss_power).detach()  # section 4.3
         terms = {"denoise": (errors / divisor).mean(), "error_v": F.mse_loss(u.float(), v)}
@@ -341,10 +342,9 @@ class DiverseDiT(nn.Module):
             terms |= {name: part.mean() / v[0].numel()} if len(part) else {}
         return terms
 
-    def mean_flow_target(self, z, v, t, r, y, labels):
-        """v_g - (t - r) du/dt (N, C, H, W): MeanFlow eq. 18; v_g = v in rows without label."""
-        guided = self.guided_velocity(z, v, t, y)
-        v_g = torch.where((labels == self.null_label)[:, None, None, None], v, guided)
+    def mean_flow_target(self, z, v, t, r, labels):
+        """v_g - (t - r) du/dt (N, C, H, W): MeanFlow eq. 18."""
+        v_g = self.guided_velocity(z, v, t, labels)
         k = int(self.args.equal_share * len(z))  # r = t up to here: no derivative needed
         if k == len(z):
             return v_g
@@ -352,9 +352,10 @@ class DiverseDiT(nn.Module):
         return torch.cat([v_g[:k], v_g[k:] - per_image(t - r, z)[k:] * dudt])
 
     def guided_velocity(self, z, v, t, y):
-        """omega v + kappa v_c + (1 - omega - kappa) v_u: MeanFlow eq. 19, 21; at other times v.
+        """v_g = omega v + kappa v_c + (1 - omega - kappa) v_u (N, C, H, W): MeanFlow eq. 19, 21.
 
         v_c and v_u are the network's own velocities, u at h = 0, with labels y (N,) and without.
+        In rows whose label was dropped, and at other times, v_g = v.
         """
         omega, kappa = self.args.omega, self.args.kappa
         low, high = self.args.guided_times
@@ -365,8 +366,8 @@ class DiverseDiT(nn.Module):
         m = len(labels)
         own = self.model(z.repeat(m, 1, 1, 1), t.repeat(m), torch.cat(labels)).float().chunk(m)
         guided = omega * v + kappa * own[-1] + (1 - omega - kappa) * own[0]
-        inside = (low <= t) & (t <= high)
-        return torch.where(inside[:, None, None, None], guided, v)
+        chosen = (low <= t) & (t <= high) & (y != self.null_label)
+        return torch.where(chosen[:, None, None, None], guided, v)
 
     def alignment(self, tokens, x0, y, t, noise, u):
         """SRA's loss of the student's tokens (N, T, D), as in train_sra.py."""

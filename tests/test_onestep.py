@@ -48,7 +48,7 @@ def inputs(k=6):
     y, labels = torch.arange(8), torch.tensor([10, 10, 2, 3, 4, 5, 6, 7])
     drop, u = torch.tensor([0.5] * 6 + [0.01, 0.02]), torch.rand(8, generator=g)
     draws = {"t": t, "r": r, "noise": noise, "drop": drop, "u": u}
-    return (x0, y, draws), (Flow().add_noise(x0, noise, t), noise - x0, t, r, y, labels)
+    return (x0, y, draws), (Flow().add_noise(x0, noise, t), noise - x0, t, r, labels)
 
 
 # Reference values
@@ -103,9 +103,9 @@ def test_targets_losses_and_gradients_of_the_official_code(golden, name):
                 g.check(output, own[spec["parameter"]][spec["rows"] or slice(None)])
     with torch.no_grad():
         u, k = method.model(z, t, labels, h=t - r), int(method.args.equal_share * 5)
-        u_tgt = method.mean_flow_target(z, v, t, r, y, labels)
+        u_tgt = method.mean_flow_target(z, v, t, r, labels)
         method.args.equal_share = 1  # no row with r < t: the target is v_g
-        v_g = method.mean_flow_target(z, v, t, r, y, labels)
+        v_g = method.mean_flow_target(z, v, t, r, labels)
         dudt = time_derivative(method.model, z[k:], t[k:], r[k:], labels[k:], v_g[k:])
     errors = (u - u_tgt).square().sum((1, 2, 3))
     found = {f"{group}_u": u, f"{group}_v_loss": (u - v).square().sum((1, 2, 3))}
@@ -154,21 +154,21 @@ FORWARDS |= {"--omega 1 --equal-share 1": []}
 
 @pytest.mark.parametrize("flags", FORWARDS)
 def test_what_a_step_computes(flags):
-    """The derivative of all rows would give the same target; that of equal times is plain."""
+    """The derivative of all rows would give the same target. Guidance holds at both ends."""
     (x0, y, draws), given = inputs(8 if "share" in flags else 6)
     method, ran = small(f"{ALONE} {flags}"), []
 
-    def record(_, inputs):
-        ran.append((len(inputs[0]), torch.is_grad_enabled()))
-
-    method.model.register_forward_pre_hook(record)
+    record = method.model.register_forward_pre_hook
+    record(lambda _, inputs: ran.append((len(inputs[0]), torch.is_grad_enabled())))
     method(x0, y, **draws)
     assert ran == [(8, True), *((n, False) for n in FORWARDS[flags])]
     with torch.no_grad():
         target = method.mean_flow_target(*given)
-        assert torch.equal(target[:6], given[1][:6]) == (len(FORWARDS[flags]) < 2)
         method.args.equal_share = 0
         close(method.mean_flow_target(*given), target, rtol=1e-4, atol=1e-5)
+        method.args.equal_share, method.args.guided_times = 1, [given[2][3].item()] * 2
+        changed = (method.mean_flow_target(*given) != given[1]).flatten(1).any(1)
+    assert changed.nonzero().flatten().tolist() == [3] * (len(FORWARDS[flags]) > 1)
 
 
 def test_a_gaussian_is_sampled_in_one_step():
@@ -206,7 +206,7 @@ def test_guidance_by_model():
 def test_all_losses_together(mean_flow):
     """Features are those of the forward that is trained; bf16 changes little."""
     method = small(f"{mean_flow} --disperse-weight 0.3 --align-weight 0.2 --pairs all")
-    (x0, y, draws), (z, _, t, r, _, labels) = inputs()
+    (x0, y, draws), (z, _, t, r, labels) = inputs()
     draws["drop"] = draws["drop"].flip(0)  # the first two rows, one by one and by their number
     terms, h = method(x0, y, **draws), t - r if mean_flow else None
     _, features = method.model(z, t, labels, features=(1,), h=h)
