@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import EVAL, ROOT, STATE_DICTS, EvalGolden, recipe_draw, recipe_tensor
+from conftest import EVAL, ROOT, EvalGolden, recipe_draw
 from PIL import Image
 
 import fid
@@ -19,17 +19,11 @@ ALL = ("fid", "sfid", "inception_score", "precision", "recall")
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """The network with the 566 tensors of README_eval."""
-    weights = {}
-    for name, (shape, kind) in STATE_DICTS["inception"].items():
-        gain = 1.0 if name == "fc.weight" else math.sqrt(2)
-        if kind == "keep":
-            weights[name] = torch.zeros(shape, dtype=torch.long)
-        else:
-            weights[name] = recipe_tensor("public", name, shape, kind, gain)
-    assert weights.keys() == fid.InceptionV3().state_dict().keys() and len(weights) == 566
+    """The network with the tensors of README_eval: gain sqrt(2), but for fc.weight."""
+    weights = EvalGolden("inception_s64").weights("inception")
+    weights |= {name: math.sqrt(2) * v for name, v in weights.items() if v.ndim == 4}
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(weights, path)
+    torch.save(fid.InceptionV3().state_dict() | weights, path)
     return fid.load_network(inception=path)[0]
 
 
