@@ -61,9 +61,9 @@ def contents(cache):
     return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.npy"))}
 
 
-def latent_flags(things, tmp_path, vae="vae.bin"):
+def latent_flags(things, tmp_path):
     data = f"--data {things / 'data'} --image-size 32 --cache {tmp_path / 'cache'}"
-    return f"{data} --model DiT-Ti/2 --batch-size 6 --vae {things / vae}"
+    return f"{data} --model DiT-Ti/2 --batch-size 6 --vae {things / 'vae.bin'}"
 
 
 def test_pixels_and_moments_are_those_of_the_cropped_file_and_its_mirror(things, tmp_path):
@@ -93,18 +93,6 @@ def test_posterior_samples_are_fresh_scaled_and_of_the_right_spread(things, tmp_
     assert not torch.equal(data.prepare(moments), z)
 
 
-@pytest.mark.parametrize("vae", [None, "vae.bin"], ids=["pixels", "latents"])
-def test_what_is_missing_alone_is_made_again(things, tmp_path, vae):
-    data = made(open_images(things, tmp_path, vae=vae))
-    before = contents(tmp_path)
-    times = [path.stat().st_mtime_ns for path in data.paths]
-    assert len(before) == 4
-    data.paths[2].unlink()
-    again = made(open_images(things, tmp_path, vae=vae))
-    changed = [path.stat().st_mtime_ns != t for path, t in zip(again.paths, times)]
-    assert changed == [False, False, True, False] and contents(tmp_path) == before
-
-
 def make_as_rank(rank, port, things, cache, vae):
     train_sra.SHARD = 8
     with process_group(rank, port):
@@ -112,26 +100,30 @@ def make_as_rank(rank, port, things, cache, vae):
 
 
 @pytest.mark.parametrize("vae", [None, "vae.bin"], ids=["pixels", "latents"])
-def test_two_processes_make_the_same_shards(things, tmp_path, vae):
-    made(open_images(things, tmp_path / "one", vae=vae))
+def test_two_processes_make_the_same_shards_and_what_is_missing_alone(things, tmp_path, vae):
+    data = made(open_images(things, tmp_path / "one", vae=vae))
+    before = contents(tmp_path / "one")
+    times = [path.stat().st_mtime_ns for path in data.paths]
     mp.spawn(make_as_rank, (free_port(), things, tmp_path / "two", vae), nprocs=2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert contents(tmp_path / "two") == before and len(before) == 4
+    data.paths[2].unlink()
+    made(open_images(things, tmp_path / "one", vae=vae))
+    changed = [path.stat().st_mtime_ns != t for path, t in zip(data.paths, times)]
+    assert changed == [False, False, True, False] and contents(tmp_path / "one") == before
 
 
 def test_other_data_have_another_folder(things, tmp_path):
     """Another size, encoder or file; two VAEs that differ in the decoder alone share theirs."""
-    root = make_folder(tmp_path / "data", ("ant", "bee"), size=40).parent
-    for name in ("vae.bin", "twin.bin", "other.bin"):
-        (root / name).symlink_to(things / name)
-    folders = []
-    for options in ({}, {"vae": "vae.bin"}, {"vae": "other.bin"}):
-        folders.append(open_images(root, root, **options).paths[0].parent)
-    folders.append(open_images(root, root, "--image-size 16").paths[0].parent)
-    twin = open_images(root, root, vae="twin.bin").paths[0].parent
-    with open(root / "data" / "ant" / "1.png", "ab") as file:
+    root = make_folder(tmp_path / "data", size=40)
+
+    def folder(flags="", vae=None):
+        return open_images(things, tmp_path, f"--data {root}", flags, vae=vae).paths[0].parent
+
+    folders = [folder(), folder("--image-size 16"), folder(vae="vae.bin"), folder(vae="other.bin")]
+    with open(root / "ant" / "1.png", "ab") as file:
         file.write(b"changed")
-    folders.append(open_images(root, root).paths[0].parent)
-    assert twin == folders[1] and len(set(folders)) == 5
+    assert len({*folders, folder()}) == 5
+    assert folder(vae="vae.bin") == folder(vae="twin.bin")
 
 
 def test_what_counts_as_an_image(tmp_path):

@@ -17,34 +17,23 @@ def from_file(golden, tmp_path, source, wrap=lambda state: state):
     return load_official(tmp_path / "official.pt", source, golden.config["num_heads"])
 
 
-def check_network(g, model, sign, time):
-    """Output with and without guidance; official values are `sign` times ours at `time(t)`."""
-    i = g.inputs
-    null = torch.full_like(i["cfg_y"], g.config["null_label"])
+@pytest.mark.parametrize("source", ["dit", "sit"])
+def test_official_forward(golden, tmp_path, source):
+    """Original SiT runs the other way, f(x, t) = -official(x, 1 - t), and drops four channels."""
+    g = golden(f"{source}_forward")
+    model, notes = from_file(g, tmp_path, source)
+    i, null, sit = g.inputs, g.config["null_label"], source == "sit"
+    assert ["reversed time" in str(notes), "output channels" in str(notes)] == [sit, sit]
+    t, cfg_t = (1 - time if sit else time for time in (i["t"], i["cfg_t"]))
+    sign = -1 if sit else 1
     with torch.no_grad():
-        g.check("out", sign * model(i["x"], time(i["t"]), i["y"]))
-        guided = Guided(model, g.config["cfg_scale"], g.config["null_label"], channels=3)
-        first = guided(i["z"], time(i["cfg_t"]), i["cfg_y"])
+        g.check("out", sign * model(i["x"], t, i["y"]))
+        first = Guided(model, g.config["cfg_scale"], null, channels=3)(i["z"], cfg_t, i["cfg_y"])
         # the official second half: guided channels, and the others without condition
-        rest = model(i["z"], time(i["cfg_t"]), null)[:, 3:]
+        rest = model(i["z"], cfg_t, torch.full_like(i["cfg_y"], null))[:, 3:]
         second = torch.cat([first[:, :3], rest], 1)
         g.check("cfg", sign * torch.cat([first, second]))
     g.all_checked()
-
-
-def test_dit_forward(golden, tmp_path):
-    g = golden("dit_forward")
-    model, notes = from_file(g, tmp_path, "dit")
-    assert notes == [] and model.config["learn_sigma"] and model.config["num_classes"] == 10
-    check_network(g, model, 1, lambda t: t)
-
-
-def test_sit_forward(golden, tmp_path):
-    """Original SiT runs the other way, f(x, t) = -official(x, 1 - t), and drops four channels."""
-    g = golden("sit_forward")
-    model, notes = from_file(g, tmp_path, "sit")
-    assert "reversed time" in str(notes) and "output channels" in str(notes)
-    check_network(g, model, -1, lambda t: 1 - t)
 
 
 @pytest.mark.parametrize("case", ["sra_sit_forward", "sra_sit_forward_qknorm"])

@@ -6,11 +6,9 @@ The other scripts share it byte for byte; test_end_to_end.py runs all of them.
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +47,7 @@ import models
 import train_sra
 from train_sra import SRA, center_crop, draw_shape, micro_batches, parse_args
 
-DDPM = "--diffusion ddpm --micro-batch 2 --qk-norm --warmup 6 --ema-warmup"
+DDPM = "--diffusion ddpm --micro-batch 2 --qk-norm --warmup 6 --ema-warmup --flip"
 
 
 # Resuming
@@ -109,21 +107,15 @@ def test_an_error_keeps_what_is_trained(tmp_path):
     """Whatever the error is; but not weights that are not finite."""
 
     class Broken(SRA):
-        weight_of_loss = 1.0
-
         def forward(self, x0, y):
             if self.step == 5:
                 raise OSError("a broken shard")
-            terms = super().forward(x0, y)
-            return {**terms, "loss": terms["loss"] * self.weight_of_loss}
-
-    class NotFinite(Broken):
-        weight_of_loss = math.nan
+            return super().forward(x0, y)
 
     train(tmp_path / "a", "--steps 8")
-    for folder, method, left in (("b", Broken, ["autosave"]), ("c", NotFinite, [])):
+    for folder, lr, left in (("b", 1e-3, ["autosave"]), ("c", math.inf, [])):
         with pytest.raises(OSError, match="a broken shard"):
-            train(tmp_path / folder, "--steps 8 --log-every 0", method=method)
+            train(tmp_path / folder, "--steps 8 --log-every 0 --lr", lr, method=Broken)
         assert [path.stem for path in (tmp_path / folder).glob("checkpoints/*")] == left
     assert models.load_checkpoint(tmp_path / "b")[1]["step"] == 5
     train(tmp_path / "b", "--steps 8")
@@ -157,32 +149,20 @@ def test_the_log_says_when_where_and_with_what(tmp_path, capfd):
     assert [line.split(":")[0] for line in shown] == ["step 3", "step 6"]
 
 
-def test_killed_at_random_moments_nothing_is_lost(tmp_path):
-    """SIGKILL, twice; tests/faults.py does it many times over, and to every script."""
-    flags = f"{TINY} --steps 120 --save-every 10 --sample-every 0 --out"
-    began = time.monotonic()
-    run("train_sra", flags, tmp_path / "whole")
-    duration = time.monotonic() - began
-    for _ in range(2):
-        process = start("train_sra", flags, tmp_path / "killed")
-        time.sleep(random.uniform(0.2, 0.9) * duration)
-        process.kill()
-        process.wait()
-    run("train_sra", flags, tmp_path / "killed")
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 120)
-
-
-def test_one_run_per_folder(tmp_path):
-    """A second run on the folder of a running one is refused; a killed run's folder is free."""
-    first = start("train_sra", TINY, "--steps 100000 --save-every 0 --out", tmp_path)
-    assert wait_for(logged(tmp_path, 6), first)
-    result = run("train_sra", TINY, "--steps 100000 --out", tmp_path, code=2)
-    assert result.stderr.count("\n") == 1 and f"{tmp_path} is in use" in result.stderr
+def test_one_run_per_folder_and_nothing_is_lost_when_it_is_killed(tmp_path):
+    """tests/faults.py kills runs many times over, in every script."""
+    flags = f"{TINY} --steps 100000 --save-every 6 --keep 2 --sample-every 0 --out"
+    first = start("train_sra", flags, tmp_path / "killed")
+    assert wait_for(logged(tmp_path / "killed", 9), first)
+    result = run("train_sra", flags, tmp_path / "killed", code=2)
+    assert result.stderr.count("\n") == 1 and f"{tmp_path / 'killed'} is in use" in result.stderr
     assert first.poll() is None
     first.kill()
     first.wait()
-    train(tmp_path, "--steps 3")
-    assert saved_steps(tmp_path) == [3]
+    steps = saved_steps(tmp_path / "killed")[-1] + 3
+    for folder in ("killed", "whole"):
+        train(tmp_path / folder, "--steps", steps)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", steps)
 
 
 def test_a_run_under_other_flags_is_refused(tmp_path, capfd):
@@ -211,28 +191,14 @@ def test_free_flags_do_not_matter(tmp_path):
 
 
 def test_average_follows_its_recursion(tmp_path):
-    """EMA with warm-up min(decay, (1 + s) / (10 + s)), by hand from the weights of every step."""
-    weights = []
-    first = {}
-
-    class Recorded(SRA):
-        def forward(self, x0, y):
-            if not first:
-                first.update({k: v.detach().clone() for k, v in self.ema.named_parameters()})
-            return super().forward(x0, y)
-
-        def after_step(self, step, steps):
-            super().after_step(step, steps)
-            weights.append({k: v.detach().clone() for k, v in self.model.named_parameters()})
-
-    train(tmp_path, "--steps 4 --ema-warmup", method=Recorded)
-    expected = {k: v.double() for k, v in first.items()}
-    for step, now in enumerate(weights):
-        decay = min(0.9999, (1 + step) / (10 + step))
-        expected = {k: decay * v + (1 - decay) * now[k] for k, v in expected.items()}
-    saved = network_state(tmp_path, 4, "ema")
-    for name, value in expected.items():
-        close(saved[name].double(), value, rtol=1e-5, atol=1e-7)
+    """EMA with warm-up min(decay, (1 + s) / (10 + s)), by hand."""
+    train(tmp_path, "--steps 4 --save-every 1 --ema-warmup --ema-decay 0.2")
+    for step in (1, 2, 3):
+        decay = min(0.2, (1 + step) / (10 + step))
+        before, after = network_state(tmp_path, step), network_state(tmp_path, step + 1)
+        weights = network_state(tmp_path, step + 1, "model")
+        expected = {k: decay * v + (1 - decay) * weights[k] for k, v in before.items()}
+        close(after, expected, rtol=1e-5, atol=1e-7)
 
 
 # Several processes
@@ -249,7 +215,7 @@ class DrawsFromImages(SRA):
 def train_from_images(rank, port, out, *flags):
     if port:
         as_rank(rank, port)
-    steps = "--steps 2 --log-every 1 --save-every 1 --clip-grad 0 --batch-size 8"
+    steps = "--steps 2 --log-every 1 --save-every 1 --clip-grad 0 --batch-size 8 --flip"
     train(out, steps, *flags, method=DrawsFromImages)
 
 
@@ -295,36 +261,28 @@ def test_ranks_agree_even_if_they_start_apart(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """whole(script): a run of two processes that nothing happened to, and its flags."""
+    """A run of two processes that nothing happened to, and its flags."""
     folder = tmp_path_factory.mktemp("whole")
-
-    def whole(script):
-        flags = f"{TINY} --steps 60 --save-every 20 --sample-every 0 --log-every 2"
-        if script == "train_discriminative":
-            flags += " --prototypes 64 --head-width 32 --freeze-steps 20"
-        if not (folder / script).exists():
-            run(script, flags, "--out", folder / script, processes=2)
-        return folder / script, flags
-
-    return whole
+    flags = f"{TINY} --steps 60 --save-every 20 --sample-every 0 --log-every 2"
+    run("train_sra", flags, "--out", folder, processes=2)
+    return folder, flags
 
 
-@pytest.mark.parametrize("script", ["train_sra", "train_discriminative"])
-def test_torchrun_takes_sigterm_and_resumes_bitwise(tmp_path, script, whole):
+def test_torchrun_takes_sigterm_and_resumes_bitwise(tmp_path, whole):
     """Two processes; torchrun passes the signal on to both."""
-    expected, flags = whole(script)
-    agent = start(script, flags, "--out", tmp_path, processes=2)
+    expected, flags = whole
+    agent = start("train_sra", flags, "--out", tmp_path, processes=2)
     assert wait_for(logged(tmp_path, 4), agent)
     agent.terminate()
     agent.wait(120)
     assert 4 <= saved_steps(tmp_path)[-1] < 60
-    run(script, flags, "--out", tmp_path, processes=2)
+    run("train_sra", flags, "--out", tmp_path, processes=2)
     assert_same_run(expected, tmp_path, 60)
 
 
 def test_torchrun_restarts_from_the_newest_checkpoint(tmp_path, whole):
     """One of two workers is killed; --max-restarts goes on by itself."""
-    expected, flags = whole("train_sra")
+    expected, flags = whole
     env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     options = {"processes": 2, "launch": "--max-restarts 1", "env": env}
     agent = start("train_sra", flags, "--out", tmp_path, **options)
@@ -380,38 +338,23 @@ def test_errors_from_the_real_command_line(tmp_path):
 # Data
 
 
-def order_of(world, micro_batch, start=0, flags="", length=20):
-    """The (index, flip) pairs of each step from `start` on, those of all ranks together."""
-    args = parse_args(words("--batch-size 8 --steps 10 --flip", flags))
-    args.micro_batch = micro_batch
-    accumulate = 8 // (world * micro_batch)
-    ranks = [list(micro_batches(length, args, rank, world, start)) for rank in range(world)]
-    steps = []
-    for k in range(10 - start):
-        own = [batch for rank in ranks for batch in rank[k * accumulate : (k + 1) * accumulate]]
-        steps.append([item for batch in own for item in batch])
-    return steps
-
-
-def test_images_of_a_step_do_not_depend_on_the_split_or_on_resuming():
-    expected = order_of(1, 8)
-    for world, micro_batch in ((2, 4), (4, 2), (1, 2), (2, 1)):
-        assert order_of(world, micro_batch) == expected
-    for begin in (1, 5, 9):
-        assert order_of(1, 8, begin) == expected[begin:]
+def order_of(flags="", length=20):
+    """The (index, flip) pairs of each of ten steps."""
+    args = parse_args(words("--batch-size 8 --micro-batch 8 --steps 10 --flip", flags))
+    return list(micro_batches(length, args, 0, 1, 0))
 
 
 def test_every_image_once_an_epoch_across_their_borders():
     """Ten steps of 8 images are four epochs of 20, whose borders lie within steps."""
-    stream = [item for step in order_of(1, 8) for item in step]
+    stream = [item for step in order_of() for item in step]
     epochs = [stream[k : k + 20] for k in range(0, 80, 20)]
     for epoch in epochs:
         assert sorted(index for index, _ in epoch) == list(range(20))
         assert 0 < sum(flip for _, flip in epoch) < 20
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
-    assert order_of(1, 8, flags="--seed 1") != order_of(1, 8)
-    assert not any(flip for step in order_of(1, 8, flags="--no-flip") for _, flip in step)
-    (small, *_) = order_of(1, 8, length=3)  # a step may hold several epochs
+    assert order_of("--seed 1") != order_of()
+    assert not any(flip for step in order_of("--no-flip") for _, flip in step)
+    (small, *_) = order_of(length=3)  # a step may hold several epochs
     assert sorted(index for index, _ in small[:6]) == [0, 0, 1, 1, 2, 2]
 
 
