@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 
+import curves
 import numpy as np
 import probe
 import pytest
@@ -127,3 +128,13 @@ def test_batches_and_processes_do_not_matter(inputs, tmp_path):
         np.testing.assert_allclose(two[name], one[name], atol=tolerance)
     for name in ("probe.png", "pca_0.png"):
         assert len(Image.open(tmp_path / name).convert("RGB").getcolors(2**20)) > 10
+
+
+def test_curves_of_a_log(tmp_path, monkeypatch):
+    """tests/curves.py: what was logged twice counts once, neighbours are averaged."""
+    rows = [{"start": 0}, *({"step": k, "loss": v} for k, v in ((2, 9), (2, 1), (4, 3), (6, 5)))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert curves.points(curves.read_log(tmp_path), "loss", 2) == [[3, 2], [6, 5]]
+    monkeypatch.setattr("sys.argv", ["curves.py", str(tmp_path), "--out", f"{tmp_path}/a.png"])
+    curves.main()
+    assert 0 < (np.asarray(Image.open(tmp_path / "a.png")) == 0).all(2).mean() < 0.05
