@@ -363,9 +363,9 @@ def probe(args, path, device):
     """(what probe.json holds of a checkpoint, its PCA picture or None). Raises UserError."""
     args.ckpt = path
     net, diffusion, about = sample.load_network(args)
-    vae = sample.load_decoder(args, about)
+    vae = sample.load_decoder(args, about, device)
     args.vae_scale = about["vae_scale"]
-    net, vae = net.to(device), vae and vae.to(device)
+    net.to(device)
 
     def pictures(folder, most):
         return Pictures(args, folder, most, net, vae, device)

@@ -365,7 +365,7 @@ def describe(folder, run):
     start = [line for line in lines if "start" in line][-1]
     return {
         **{"title": run.title, "noise": run.noise, "ablation": not run.colour},
-        "command": "python " + " ".join(start["command"]),
+        "command": "python " + " ".join(start.get("run", start)["command"]),
         "steps": [step + run.offset for step in run.measured],
         "loss_ema": [np.mean(entry["loss"]).round(5) for entry in averaged],
         "loss_raw": [np.mean(entry["loss"]).round(5) for entry in raw],
