@@ -14,7 +14,7 @@ Writes to --out: samples.npz (ADM's format: `arr_0` uint8 (num, H, W, 3); `arr_1
 protocol.json (what the images depend on), with --png a file an image. Noise and label of image i
 depend on (--seed, i) alone. The same command goes on with an interrupted run. Solvers: heun, euler
 integrate the probability-flow ODE. sde is REPA's Euler-Maruyama for flow, ancestral for DDPM, EDM's
-Algorithm 2 for EDM (--churn). meanflow steps by the average velocity of networks of --mean-flow.
+Algorithm 2 for EDM (--churn). meanflow is x - (t - r) u, for networks trained with --mean-flow.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--vae", type=Path, help="decoder of the latents (default: the file of the training)")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--latents", action="store_true", help="store latents, float32, in place of images")
-    add("--uint8", type=float, choices=(128.0, 127.5), default=128.0, help="in 127.5 x + this")
+    add("--uint8", type=float, choices=(128.0, 127.5), default=128.0, help="b: trunc(127.5 x + b)")
     either("--png", action="store_true", help="also write one PNG an image")
     for action in parser._actions:
         if action.default not in (None, argparse.SUPPRESS) and "default" not in action.help:
@@ -79,8 +79,8 @@ def load_network(args):
             raise UserError("--model and --diffusion are for --official weights alone")
         net, trained = models.load_network(args.ckpt, args.weights)
         diffusion = make_diffusion(trained["diffusion"], clip=not trained["vae"])
-        if args.guidance > 1 and trained["label_drop"] == 0:
-            raise UserError("--guidance needs a null label: it was trained with --label-drop 0")
+        if (args.guidance > 1 or args.labels == "null") and trained["label_drop"] == 0:
+            raise UserError("trained with --label-drop 0: no null label, no --guidance")
         return net, diffusion, trained
     if not args.model:
         raise UserError("--official needs --model, e.g. DiT-XL/2: heads are not in the weights")
@@ -100,8 +100,8 @@ def choose_solver(args, net, about):
     average = "interval" in net.config
     args.solver = args.solver or ("meanflow" if average else "heun")
     args.steps = {"meanflow": 1}.get(args.solver, 50) if args.steps is None else args.steps
-    if args.solver == "meanflow" and not average:
-        raise UserError("--solver meanflow needs a network of --mean-flow")
+    if args.solver == "meanflow" and (not average or about["diffusion"] != "flow"):
+        raise UserError("--solver meanflow needs a network of --mean-flow, and flow")
     guided = average and (about.get("omega"), about.get("kappa")) != (1, 0)
     if args.guidance > 1 and (guided or args.solver == "meanflow"):
         raise UserError("leave out --guidance: MeanFlow's is in the weights (--omega in training)")

@@ -25,7 +25,7 @@ Commands; the same command goes on with an interrupted run:
         train_diversedit.py --data imagenet/train --vae vae.safetensors --image-size 256 \
         --model SiT-XL/2 --mean-flow --clip-grad 0 --beta2 0.95
 On top: SRA `--align-weight 0.2`, Dispersive Loss (2506.09027) `--disperse-weight 0.5`. Plain SiT,
-or MeanFlow: `--long-residual none --diversity-weight 0`.
+or with the last three flags above MeanFlow: `--long-residual none --diversity-weight 0`.
 
 Implementation details (files of the official repository at 5fedda17; research model at ff92f9dd)
  1. Long residuals: pre is Eq. 8 and the research model; post is the released models/sit.py. No
@@ -37,8 +37,8 @@ Implementation details (files of the official repository at 5fedda17; research m
     the blocks of P, with anchor over all blocks. Each process and micro-batch has its own L_div.
  4. The weight is not detached [train.py]: its gradient is 4 L_div - 0.2 times L_div's.
  5. No flips, no EMA warm-up, batch 256, AdamW 1e-4, clipping at 1. SRA as in train_sra.py.
- 6. MeanFlow [Gsunshine/meanflow at d70cb55d]: r = t in the first 3/4 of a micro-batch; the first
-    rows lose their labels. Guidance: Table 4, by model. SRA's teacher sees r = t. Official: fp32.
+ 6. MeanFlow [Gsunshine/meanflow at d70cb55d]: r = t in the first int(0.75 n) rows, the first ones
+    lose their labels. Guidance: Table 4, by model. SRA's teacher sees r = t. Official: fp32.
  7. Dispersive Loss: the paper's weight, block, tau; released code 0.25, last, 1. By micro-batch.
 Differences: the released train.py stops with an AttributeError. Its block-diversity coefficient
 does nothing. It returns 0 for non-finite values, here the run stops. fp16 there, bf16 here.
@@ -80,7 +80,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusion import draw_interval, per_image
 from models import DiT, frozen_copy
 
-DEFAULTS = {"flip": False, "ema_warmup": False}
+DEFAULTS = {}
 
 GUIDANCE = {  # omega, kappa, times: MeanFlow's Table 4; B/4: the best of its Table 1f
     "B/4": (3.0, 0.0, [0.0, 1.0]),
@@ -116,10 +116,10 @@ def method_arguments(parser):
     add("--disperse-temperature", type=float, default=0.5, help="tau")
     add = parser.add_argument_group("MeanFlow").add_argument
     add("--mean-flow", action="store_true", help="learn average velocities, for one-step sampling")
-    guided = "of guided targets (default: the paper's; beside another one of the three {})"
-    add("--omega", type=float, help=guided.format(1))
-    add("--kappa", type=float, help=guided.format(0))
-    add("--guided-times", type=float, nargs=2, metavar=ends, help=guided.format("0 1"))
+    guided = "of guided targets (default: the paper's{})"
+    add("--omega", type=float, help=guided.format("; with --kappa 1"))
+    add("--kappa", type=float, help=guided.format("; with --omega 0"))
+    add("--guided-times", type=float, nargs=2, metavar=ends, help=guided.format("; with these 0 1"))
     add("--equal-share", type=float, default=0.75, help="share of a micro-batch with r = t")
     add("--time-mean", type=float, default=-0.4, help="of the logit of t and r")
     add("--time-std", type=float, default=1.0, help="of the logit of t and r")
@@ -171,10 +171,10 @@ def dispersive_loss(tokens, temperature):
 
 
 def guidance_settings(model, *given):
-    """omega, kappa, times of MeanFlow's guided targets: those given, or all three the paper's."""
+    """omega, kappa, times of MeanFlow's guided targets: those given, the others the paper's."""
     _, _, size = model.partition("-")
     default = GUIDANCE.get(size) or GUIDANCE.get(size.partition("/")[0], GUIDANCE["other"])
-    if any(value is not None for value in given):
+    if given[:2] != (None, None):  # the paper's guidance is none of theirs
         default = (1.0, 0.0, [0.0, 1.0])
     return [own if value is None else value for value, own in zip(given, default)]
 
@@ -262,10 +262,11 @@ class DiverseDiT(nn.Module):
             if args.diffusion != "flow":
                 raise UserError(f"--mean-flow is not defined for --diffusion {args.diffusion}")
             if not (0 <= args.kappa < 1 and low < high and 0 <= args.equal_share <= 1):
-                bounds = "0 <= --kappa < 1, --guided-times LOW < HIGH, 0 <= --equal-share <= 1"
-                raise UserError(f"need {bounds}")
+                raise UserError("need 0 <= --kappa < 1, LOW < HIGH, 0 <= --equal-share <= 1")
             if args.label_drop == 0 and (args.omega, args.kappa) != (1, 0):
                 raise UserError("--label-drop 0: guided targets need a null label, or --omega 1")
+        elif (args.omega, args.kappa, args.guided_times) != (None, None, None):
+            raise UserError("--omega, --kappa and --guided-times are for --mean-flow")
 
     def choose_layers(self):
         """Blocks that the loss sees in this step, ascending; equal on all ranks."""
@@ -314,8 +315,8 @@ class DiverseDiT(nn.Module):
             if args.diversity_weight is not None:
                 weight = torch.full_like(weight, args.diversity_weight)
             total = total + (weight.detach() if args.detach_weight else weight) * diversity
-            terms |= {"diversity": diversity, **dict(zip(("orth", "mi", "disp"), parts))}
-            terms |= {"weight": weight}
+            terms |= {"diversity": diversity, "weight": weight}
+            terms |= dict(zip(("orth", "mi", "disp"), parts))
         if args.disperse_weight != 0:
             disperse = dispersive_loss(features[self.disperse_block], args.disperse_temperature)
             total = total + args.disperse_weight * disperse
@@ -329,7 +330,7 @@ class DiverseDiT(nn.Module):
     def mean_flow(self, u, z, v, t, r, labels):
         """MeanFlow's loss of u (N, C, H, W), what the network gives for z (N, C, H, W) and labels.
 
-        Beside it squared errors a pixel: to v; to the target, where r = t and where r < t.
+        Also mean squared errors: to v; to the target, where r = t and where r < t.
         """
         args = self.args
         with torch.no_grad():
@@ -405,7 +406,7 @@ def parse_args(argv=None):
     add("--vae", help="weights of a VAE (.safetensors or .bin): train on its latents")
     add("--vae-scale", type=float, default=models.VAE_SCALE, help="factor on the latents")
     add("--cache", help="folder for decoded images and latents (default: DATA.cache)")
-    add("--flip", action=switch, default=True, help="mirror half of the images")
+    add("--flip", action=switch, default=False, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder for all output")
     add("--allow-changes", action="store_true", help="go on with a run under other flags")
     add("--init-from", help="start from network and EMA of this checkpoint or run")
@@ -421,7 +422,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
     add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
     add("--ema-decay", type=float, default=0.9999, help="decay of the weights' average")
-    add("--ema-warmup", action=switch, default=True, help="decay at most (1 + s) / (10 + s)")
+    add("--ema-warmup", action=switch, default=False, help="decay at most (1 + s) / (10 + s)")
     add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label")
     add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, else fp32)")
     add("--compile", action=switch, default=False, help="torch.compile every block")
@@ -576,9 +577,9 @@ def resume(method, optimizer, args, about):
     before = {**json.loads(json.dumps(vars(parse_args([])))), **saved["args"]}
     changed = [key for key in about if key not in FREE and before.get(key) != about[key]]
     if changed and not args.allow_changes:
-        flags = [f"--{k.removesuffix('_hash').replace('_', '-')} {before.get(k)}" for k in changed]
-        advice = "use these, or another --out, or --allow-changes"
-        raise UserError(f"{path} was made with {', '.join(flags)}: {advice}")
+        flags = [f"--{key.removesuffix('_hash').replace('_', '-')}" for key in changed]
+        advice = "use what log.jsonl says, or another --out, or --allow-changes"
+        raise UserError(f"{path} was made with another {', '.join(flags)}: {advice}")
     models.load_state(method, saved["method"], path)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
@@ -659,7 +660,7 @@ def main(method_cls, args):
     except UserError as error:
         models.fail(error)
     except OSError as error:
-        models.fail(f"--out {out} is in use by another run, or it or --cache is no folder: {error}")
+        models.fail(f"{error}; is --out {out} in use, or --out or --cache no folder?")
     wrapped = method
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         wrapped = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
@@ -671,9 +672,7 @@ def main(method_cls, args):
             block.compile()
     accumulate = args.batch_size // (world * args.micro_batch)
     if rank == 0:
-        parts = (
-            f"{accumulate} micro-batches of {args.micro_batch} images on each of {world} processes"
-        )
+        parts = f"{accumulate} x {args.micro_batch} images on each of {world} processes"
         print(f"{sum(p.numel() for p in parameters):,} parameters; {parts}", flush=True)
         log = open(out / "log.jsonl", "a", buffering=1)
         print(json.dumps({"start": step, "processes": world, **about}), file=log)
@@ -690,7 +689,7 @@ def main(method_cls, args):
         while step < args.steps and not stopping:
             torch.manual_seed(seed_of(args.seed, rank, step))
             lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0] |= {"lr": lr, "betas": betas}
             rows = []
             for micro in range(1, accumulate + 1):
                 x0, y = (part.to(device, non_blocking=True) for part in next(batches))
@@ -713,12 +712,14 @@ def main(method_cls, args):
             if world > 1:  # all end at the same step; a GPU works meanwhile
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
             stopping = bool(stop[0])
-            assert stop[1] == -stop[2], f"--out {out}: not the same folder for all processes"
+            if stop[1] != -stop[2]:
+                sys.exit(f"--out {out}: not the same folder for all processes")
             ending = stopping or step == args.steps
             logging = ending or (args.log_every and step % args.log_every == 0)
             sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
             saving = ending or (args.save_every and step % args.save_every == 0)
-            if logging or sampling or saving:
+            late = rank == 0 and time.perf_counter() - saved > 60 * args.save_minutes
+            if logging or sampling or saving or late:
                 names = [*terms, "grad_norm"]
                 for k, values in enumerate(torch.stack(history).tolist(), step + 1 - len(history)):
                     if not all(map(math.isfinite, values)):
@@ -736,15 +737,15 @@ def main(method_cls, args):
                     text = f"step {step}: loss {row['loss']:.4f}, {row['images_per_s']:.0f} img/s"
                     bar.write(text, file=sys.stderr)
                 history = []
-            late = logging and time.perf_counter() - saved > 60 * args.save_minutes
             if rank == 0 and (saving or late):
                 save_checkpoint(method, optimizer, args, about, automatic=not saving)
                 saved = time.perf_counter()
             if rank == 0 and sampling:
                 draw_samples(method, diffusion, data, args, step, device)
             timer = time.perf_counter() if logging else timer
-    except Exception:  # whatever it is: what is trained is kept
-        if rank == 0 and all(row.isfinite().all() for row in history):
+    except Exception:  # whatever it is, what is trained is kept, if the last step is whole
+        whole = optimizer.state[parameters[0]].get("step") == step
+        if rank == 0 and whole and all(row.isfinite().all() for row in history):
             save_checkpoint(method, optimizer, args, about, automatic=True)
         raise
     bar.close()

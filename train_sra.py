@@ -73,7 +73,7 @@ import torch.nn.functional as F
 
 from models import DiT, frozen_copy
 
-DEFAULTS = {"flip": False, "ema_warmup": False}
+DEFAULTS = {}
 
 DISTANCES = {  # each (N, T, D) x (N, T, D) -> scalar; S/loss.py
     "smooth-l1": lambda a, b: F.smooth_l1_loss(a, b, beta=0.05),
@@ -216,7 +216,7 @@ def parse_args(argv=None):
     add("--vae", help="weights of a VAE (.safetensors or .bin): train on its latents")
     add("--vae-scale", type=float, default=models.VAE_SCALE, help="factor on the latents")
     add("--cache", help="folder for decoded images and latents (default: DATA.cache)")
-    add("--flip", action=switch, default=True, help="mirror half of the images")
+    add("--flip", action=switch, default=False, help="mirror half of the images")
     add("--out", default=f"results/{Path(sys.argv[0]).stem}", help="folder for all output")
     add("--allow-changes", action="store_true", help="go on with a run under other flags")
     add("--init-from", help="start from network and EMA of this checkpoint or run")
@@ -232,7 +232,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, default=0, help="steps of linear learning-rate warm-up")
     add("--clip-grad", type=float, default=1.0, help="global gradient norm; 0: no clipping")
     add("--ema-decay", type=float, default=0.9999, help="decay of the weights' average")
-    add("--ema-warmup", action=switch, default=True, help="decay at most (1 + s) / (10 + s)")
+    add("--ema-warmup", action=switch, default=False, help="decay at most (1 + s) / (10 + s)")
     add("--label-drop", type=float, default=0.1, help="share of labels replaced by the null label")
     add("--precision", choices=("bf16", "fp32"), help="autocast (default: bf16 on CUDA, else fp32)")
     add("--compile", action=switch, default=False, help="torch.compile every block")
@@ -387,9 +387,9 @@ def resume(method, optimizer, args, about):
     before = {**json.loads(json.dumps(vars(parse_args([])))), **saved["args"]}
     changed = [key for key in about if key not in FREE and before.get(key) != about[key]]
     if changed and not args.allow_changes:
-        flags = [f"--{k.removesuffix('_hash').replace('_', '-')} {before.get(k)}" for k in changed]
-        advice = "use these, or another --out, or --allow-changes"
-        raise UserError(f"{path} was made with {', '.join(flags)}: {advice}")
+        flags = [f"--{key.removesuffix('_hash').replace('_', '-')}" for key in changed]
+        advice = "use what log.jsonl says, or another --out, or --allow-changes"
+        raise UserError(f"{path} was made with another {', '.join(flags)}: {advice}")
     models.load_state(method, saved["method"], path)
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
@@ -470,7 +470,7 @@ def main(method_cls, args):
     except UserError as error:
         models.fail(error)
     except OSError as error:
-        models.fail(f"--out {out} is in use by another run, or it or --cache is no folder: {error}")
+        models.fail(f"{error}; is --out {out} in use, or --out or --cache no folder?")
     wrapped = method
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         wrapped = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
@@ -482,9 +482,7 @@ def main(method_cls, args):
             block.compile()
     accumulate = args.batch_size // (world * args.micro_batch)
     if rank == 0:
-        parts = (
-            f"{accumulate} micro-batches of {args.micro_batch} images on each of {world} processes"
-        )
+        parts = f"{accumulate} x {args.micro_batch} images on each of {world} processes"
         print(f"{sum(p.numel() for p in parameters):,} parameters; {parts}", flush=True)
         log = open(out / "log.jsonl", "a", buffering=1)
         print(json.dumps({"start": step, "processes": world, **about}), file=log)
@@ -501,7 +499,7 @@ def main(method_cls, args):
         while step < args.steps and not stopping:
             torch.manual_seed(seed_of(args.seed, rank, step))
             lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0] |= {"lr": lr, "betas": betas}
             rows = []
             for micro in range(1, accumulate + 1):
                 x0, y = (part.to(device, non_blocking=True) for part in next(batches))
@@ -524,12 +522,14 @@ def main(method_cls, args):
             if world > 1:  # all end at the same step; a GPU works meanwhile
                 dist.all_reduce(stop, dist.ReduceOp.MAX)
             stopping = bool(stop[0])
-            assert stop[1] == -stop[2], f"--out {out}: not the same folder for all processes"
+            if stop[1] != -stop[2]:
+                sys.exit(f"--out {out}: not the same folder for all processes")
             ending = stopping or step == args.steps
             logging = ending or (args.log_every and step % args.log_every == 0)
             sampling = step == args.steps or (args.sample_every and step % args.sample_every == 0)
             saving = ending or (args.save_every and step % args.save_every == 0)
-            if logging or sampling or saving:
+            late = rank == 0 and time.perf_counter() - saved > 60 * args.save_minutes
+            if logging or sampling or saving or late:
                 names = [*terms, "grad_norm"]
                 for k, values in enumerate(torch.stack(history).tolist(), step + 1 - len(history)):
                     if not all(map(math.isfinite, values)):
@@ -547,15 +547,15 @@ def main(method_cls, args):
                     text = f"step {step}: loss {row['loss']:.4f}, {row['images_per_s']:.0f} img/s"
                     bar.write(text, file=sys.stderr)
                 history = []
-            late = logging and time.perf_counter() - saved > 60 * args.save_minutes
             if rank == 0 and (saving or late):
                 save_checkpoint(method, optimizer, args, about, automatic=not saving)
                 saved = time.perf_counter()
             if rank == 0 and sampling:
                 draw_samples(method, diffusion, data, args, step, device)
             timer = time.perf_counter() if logging else timer
-    except Exception:  # whatever it is: what is trained is kept
-        if rank == 0 and all(row.isfinite().all() for row in history):
+    except Exception:  # whatever it is, what is trained is kept, if the last step is whole
+        whole = optimizer.state[parameters[0]].get("step") == step
+        if rank == 0 and whole and all(row.isfinite().all() for row in history):
             save_checkpoint(method, optimizer, args, about, automatic=True)
         raise
     bar.close()

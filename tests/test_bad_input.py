@@ -105,7 +105,7 @@ CASES = [  # script and flags, a word of the error; {t}: the folder of things
     ("train_diversedit --data {t}/good --vae {t}/half.bin", "decoder"),
     ("train_sra --data {t}/good --vae {t}/vae.bin --image-size 20", "--image-size 20"),
     ("train_sra --out {t}/file", "{t}/file"),
-    ("train_mdt --out {t}/sra", "--diffusion flow"),
+    ("train_mdt --out {t}/sra", "--diffusion"),
     ("sample --num 2", "--ckpt"),
     ("sample --ckpt {t}/nowhere", "{t}/nowhere"),
     ("sample --ckpt {t}/empty", "{t}/empty"),

@@ -144,6 +144,7 @@ IMPOSSIBLE = [  # more of them in test_bad_input.py; the first flag is named
     "train_selftranscendence --stop-step 10",
     "train_selftranscendence --stage1-target x0 --stage 2",
     "train_diversedit --weight-range 0.5 0.1",
+    "train_diversedit --omega 3",
     "train_diversedit --student-block 9 --align-weight 0.2",
 ]
 

@@ -9,7 +9,6 @@ import torch.multiprocessing as mp
 from conftest import (
     NETWORK,
     as_rank,
-    assert_gradients,
     assert_same_run,
     checkpoint,
     close,
@@ -193,10 +192,13 @@ def test_a_gaussian_is_sampled_in_one_step():
 
 
 def test_guidance_by_model():
-    """MeanFlow's Table 4, kept with the arguments of a run; some given: the others are neutral."""
+    """MeanFlow's Table 4, kept with the arguments of a run; without it for omega or kappa alone."""
     published = {"B/4": (3, 0, 0, 1), "B/2": (1, 0.5, 0, 1), "M/2": (1, 0.5, 0, 1)}
     published |= {"L/2": (0.2, 0.92, 0, 0.8), "XL/2": (0.2, 0.92, 0, 0.75)}
-    published |= {"L/2 --omega 2": (2, 0, 0, 1), "L/2 --guided-times 0.3 0.8": (1, 0, 0.3, 0.8)}
+    published |= {
+        "L/2 --guided-times 0.3 0.8": (0.2, 0.92, 0.3, 0.8),
+        "L/2 --omega 2": (2, 0, 0, 1),
+    }
     for flags, expected in published.items():
         args = small(f"--mean-flow --model SiT-{flags}").args
         assert (args.omega, args.kappa, *args.guided_times) == expected
@@ -214,7 +216,8 @@ def test_all_losses_together(mean_flow):
     own = terms["weight"] * terms["diversity"] + 0.2 * terms["align"] + 0.3 * terms["disperse"]
     assert torch.isclose(terms["loss"], terms["denoise"] + own)
     terms["loss"].backward()
-    assert_gradients(method)
+    for name, parameter in method.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.any(), name
     with torch.autocast("cpu", torch.bfloat16):
         for name, value in method(x0, y, **draws).items():
             close(value, terms[name], rtol=0.03, atol=0.01, msg=name)
