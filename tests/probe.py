@@ -355,7 +355,8 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=50, help="per process")
     add("--seed", type=int, default=0, help="of the noise")
     args = parser.parse_args(argv)
-    args.guidance, args.latents, args.labels = 1.0, False, "random"  # for sample.py's loaders
+    args.guidance, args.latents = 1.0, False  # for sample.py's loaders
+    args.labels = "null" if args.levels else "random"
     return args
 
 
