@@ -54,7 +54,7 @@ def parse_args(argv=None):
     add("--solver", choices=("heun", "euler", "sde", "meanflow"), help="default: meanflow or heun")
     add("--steps", type=int, help="of the solver (default: 1 for meanflow, else 50)")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance scale, 1 or more")
-    add("--guidance-interval", type=float, nargs=2, default=[-math.inf, math.inf], help="of time")
+    add("--guidance-interval", type=float, nargs=2, default=[-math.inf, math.inf], help="guided t")
     add("--guidance-channels", type=int, help="guide the first ones only (default: all; DiT: 3)")
     add("--churn", type=float, nargs=4, default=[40, 0, math.inf, 1], metavar=CHURN, help="of EDM")
     add("--classes", nargs="+", help="these alone, names or numbers (default: all)")

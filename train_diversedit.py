@@ -116,10 +116,10 @@ def method_arguments(parser):
     add("--disperse-temperature", type=float, default=0.5, help="tau")
     add = parser.add_argument_group("MeanFlow").add_argument
     add("--mean-flow", action="store_true", help="learn average velocities, for one-step sampling")
-    guided = "of guided targets (default: the paper's{})"
-    add("--omega", type=float, help=guided.format("; with --kappa 1"))
-    add("--kappa", type=float, help=guided.format("; with --omega 0"))
-    add("--guided-times", type=float, nargs=2, metavar=ends, help=guided.format("; with these 0 1"))
+    guided = "of guided targets (default: the paper's; {})"
+    add("--omega", type=float, help=guided.format("1 if --kappa is given"))
+    add("--kappa", type=float, help=guided.format("0 if --omega is given"))
+    add("--guided-times", type=float, nargs=2, metavar=ends, help=guided.format("0 1 beside them"))
     add("--equal-share", type=float, default=0.75, help="share of a micro-batch with r = t")
     add("--time-mean", type=float, default=-0.4, help="of the logit of t and r")
     add("--time-std", type=float, default=1.0, help="of the logit of t and r")
@@ -174,7 +174,7 @@ def guidance_settings(model, *given):
     """omega, kappa, times of MeanFlow's guided targets: those given, the others the paper's."""
     _, _, size = model.partition("-")
     default = GUIDANCE.get(size) or GUIDANCE.get(size.partition("/")[0], GUIDANCE["other"])
-    if given[:2] != (None, None):  # the paper's guidance is none of theirs
+    if given[:2] != (None, None):  # the table's go together
         default = (1.0, 0.0, [0.0, 1.0])
     return [own if value is None else value for value, own in zip(given, default)]
 
@@ -385,7 +385,7 @@ class DiverseDiT(nn.Module):
         """Nothing to update: SRA's teacher is the EMA, which the loop keeps."""
 
 
-# --- end method
+# --- end method: the rest is the same in every training script
 
 CORNERS = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "circle": 64}
 SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  # built-in classes
@@ -592,7 +592,7 @@ def save_checkpoint(method, optimizer, args, about, automatic=False):
     content = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     content |= {"step": method.step, "args": about}
     write_atomically(folder / f"{name}.pt", lambda file: torch.save(content, file))
-    old = sorted(folder.glob("[0-9]*.pt"), key=os.path.getmtime)[: -args.keep]  # none for 0
+    old = sorted(folder.glob("[0-9]*.pt"), key=os.path.getmtime)[: -max(0, args.keep)]
     old += folder.glob(".*.tmp")  # of a run that was killed
     old += [] if automatic else folder.glob("autosave.pt")
     for path in old:
@@ -664,7 +664,7 @@ def main(method_cls, args):
     wrapped = method
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         wrapped = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = False  # none changes
+        wrapped.broadcast_buffers = False  # they never change
     method.model.checkpointing = args.checkpointing
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # compiled one by one: nothing to split

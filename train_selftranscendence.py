@@ -290,7 +290,7 @@ class SelfTranscendence(nn.Module):
             self.frozen.clear()
 
 
-# --- end method
+# --- end method: the rest is the same in every training script
 
 CORNERS = {"triangle": 3, "square": 4, "pentagon": 5, "hexagon": 6, "circle": 64}
 SHAPES = [f"{kind} {form}" for kind in ("full", "hollow") for form in CORNERS]  # built-in classes
@@ -497,7 +497,7 @@ def save_checkpoint(method, optimizer, args, about, automatic=False):
     content = {"method": method.state_dict(), "optimizer": optimizer.state_dict()}
     content |= {"step": method.step, "args": about}
     write_atomically(folder / f"{name}.pt", lambda file: torch.save(content, file))
-    old = sorted(folder.glob("[0-9]*.pt"), key=os.path.getmtime)[: -args.keep]  # none for 0
+    old = sorted(folder.glob("[0-9]*.pt"), key=os.path.getmtime)[: -max(0, args.keep)]
     old += folder.glob(".*.tmp")  # of a run that was killed
     old += [] if automatic else folder.glob("autosave.pt")
     for path in old:
@@ -569,7 +569,7 @@ def main(method_cls, args):
     wrapped = method
     if world > 1:  # starts by giving every rank the weights and EMA of rank 0
         wrapped = nn.parallel.DistributedDataParallel(method, gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = False  # none changes
+        wrapped.broadcast_buffers = False  # they never change
     method.model.checkpointing = args.checkpointing
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # compiled one by one: nothing to split

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from probe import curves, legend
+from probe import COLOURS, curves, legend
 
-COLOURS = "#000000 #0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #888888".split()
 OTHERS = ("step", "time", "seconds", "epoch", "images_per_s", "lr")  # no terms of the loss
 
 
@@ -40,9 +39,15 @@ def main():
     parser.add_argument("--points", type=int, default=100, help="of a curve, at most")
     parser.add_argument("--out", type=Path, default=Path("results/curves.png"))
     args = parser.parse_args()
+    for run in args.runs:
+        if not (run / "log.jsonl").is_file():
+            parser.error(f"{run} holds no log.jsonl")
     logs = [[row for row in read_log(run) if row["step"] >= args.since] for run in args.runs]
     logged = dict.fromkeys(name for rows in logs for row in rows for name in row)
     terms = args.terms or [name for name in logged if name not in OTHERS]
+    if not set(terms) <= logged.keys():
+        parser.error(f"--terms: choose from {', '.join(logged)}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     width = 20 + 360 * min(3, len(terms))
     image = Image.new("RGB", (width, 60 + 270 * -(-len(terms) // 3) + 20 * len(logs)), "white")
     draw = ImageDraw.Draw(image)

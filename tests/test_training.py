@@ -90,7 +90,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 def test_autosave_is_the_newest_until_the_next_checkpoint(tmp_path):
-    """By time, here after every line of the log; a run that was killed goes on from it."""
+    """By time, here after every step; a run that was killed goes on from it."""
     seen = []
 
     class Watched(SRA):
