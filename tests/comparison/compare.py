@@ -53,8 +53,9 @@ LEVEL = "0.3"  # of the probe at each quarter
 MEASURES = {  # of probe.py: at which checkpoints, weights, levels
     "raw": (slice(None), "model"),
     "ema": (slice(-1), "ema", LEVEL),
-    "end": (slice(-1, None), "ema", "0.7", "0.5", LEVEL, "0.1"),
+    "end": (slice(-1, None), "ema", LEVEL),
 }
+MORE_LEVELS = ["0.7", "0.5", "0.1"]  # at the end, with the first seed
 
 
 @dataclass
@@ -260,7 +261,8 @@ def keep_to_one_protocol(path, settings):
 
 
 def protocol_of_measuring(a):
-    settings = {"num": a.num, "solver_steps": a.solver_steps, "test_sha256": sha256(a.test)}
+    settings = {key: getattr(a, key) for key in ("num", "solver_steps", "images")}
+    settings["test_sha256"] = sha256(a.test)
     for features in a.features:
         beside = features.with_suffix(".json")  # how it was made, and its accuracy
         about = json.loads(beside.read_text()) if beside.exists() else {}
@@ -297,15 +299,17 @@ def measure_run(a, name, run, seed):
     for kind, (which, weights, *levels) in MEASURES.items():
         if checkpoints[which] and not (folder / kind / "probe.json").exists():
             flags = ["--data", a.out / "data", "--test", a.out / "test", "--out", folder / kind]
-            flags += ["--weights", weights, "--levels", *levels]
-            flags += "--images 10000 10000 1000".split()
+            more = MORE_LEVELS if kind == "end" and seed == a.seeds[0] else []
+            flags += ["--weights", weights, "--levels", *levels, *more, "--images", *a.images]
             command = [os.path.relpath(probe.__file__), *checkpoints[which], *flags]
             execute(command, log, a.threads)
-    flags = f"""--num-samples {a.num} --labels balanced --solver heun --steps {a.solver_steps}
-        --batch-size 250""".split()
-    command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", checkpoints[-1], *flags]
-    execute([*command, "--out", folder / "samples_end"], log, a.threads)
-    measure(a, folder / "samples_end" / "samples.npz", folder, "distance")
+    samples = folder / "samples_end" / "samples.npz"
+    if not samples.exists():
+        flags = f"""--num-samples {a.num} --labels balanced --solver heun --steps {a.solver_steps}
+            --batch-size 250""".split()
+        command = [os.path.relpath(ROOT / "sample.py"), "--ckpt", checkpoints[-1], *flags]
+        execute([*command, "--out", samples.parent], log, a.threads)
+    measure(a, samples, folder, "distance")
     print(f"{name}, seed {seed}: measured", flush=True)
 
 
@@ -489,12 +493,13 @@ def parse_args(argv=None):
     add("--out", type=Path, default=Path("results/compare"))
     add("--image-size", type=int, default=16)
     add("--model", default="DiT-Ti/2")
-    add("--steps", type=int, default=2000, help="a multiple of 40")
-    add("--batch-size", type=int, default=64)
+    add("--steps", type=int, default=1440, help="a multiple of 40")
+    add("--batch-size", type=int, default=16)
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=100)
     add("--num", type=int, default=2000, help="samples a measurement")
-    add("--solver-steps", type=int, default=12, help="of Heun's method")
+    add("--solver-steps", type=int, default=8, help="of Heun's method")
+    add("--images", type=int, nargs=3, default=[3000, 3000, 200], help="of probe.py")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--runs", nargs="+", help="these only, and what they need")
     add("--ablations", action="store_true")
