@@ -93,9 +93,10 @@ def test_a_comparison_stopped_and_continued(command, tmp_path):
         assert set(run["levels"]) == {"0.7", "0.5", "0.3", "0.1"}
         assert run["distance"]["features"] > results["training_images"]["features"]
     table = (out / "table.md").read_text()
-    assert "| vanilla, flow | flow | 1 |" in table and "not FID" in table
-    log = out / "vanilla-0" / "log.jsonl"
-    assert (out / "logs" / "vanilla-0.jsonl").read_bytes() == log.read_bytes()
+    assert "| vanilla, flow | flow | ? | 1 |" in table and "not FID" in table
+    vanilla, mine = (run["loss_ema"][-1] for run in results["runs"].values())
+    assert f"| {mine - vanilla:+.4f} |" in table
+    assert (out / "logs/vanilla-0.jsonl").read_text() == (out / "vanilla-0/log.jsonl").read_text()
     for name in ("figure.png", "probe.png"):
         with Image.open(out / name) as image:
             assert image.width > 500 and len(image.convert("RGB").getcolors(2**20)) > 20

@@ -55,6 +55,7 @@ MEASURES = {  # of probe.py: at which checkpoints, weights, levels
     "ema": (slice(-1), "ema", LEVEL),
     "end": (slice(-1, None), "ema", LEVEL),
 }
+DIGITS = {"loss": 4, "probe": 1, "distance": 2}
 MORE_LEVELS = ["0.7", "0.5", "0.1"]  # at the end, with the first seed
 
 
@@ -235,7 +236,7 @@ def prepare_reference(a):
 
 def fid(a, features, words):
     command = [os.path.relpath(ROOT / "fid.py"), *words, "--features", features]
-    return execute([*command, "--batch-size", 250], a.out / "fid.log", a.threads)
+    return execute([*command, "--batch-size", 10], a.out / "fid.log", a.threads)  # fits the caches
 
 
 def measure(a, samples, folder, name):
@@ -404,39 +405,40 @@ def collect(a):
     return {"protocol": protocol, "costs": costs, "training_images": floor, "runs": runs}
 
 
-def spread(values, digits):
-    """Mean and range."""
-    low, mean, high = (f"{f(values):.{digits}f}" for f in (min, np.mean, max))
-    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+def numbers(run, budget):
+    """Its columns: at the end, and when it has cost what vanilla costs."""
+    row = {"loss, EMA": run["loss_ema"][-1], "loss, raw": run["loss_raw"][-1]}
+    row["probe, %"] = run["best_block"][-1]
+    row |= {f"distance, {name}": value for name, value in run["distance"].items()}
+    if "cost" in run:
+        row["loss, at vanilla's cost"] = np.interp(budget, run["cost"], run["loss_ema"])
+        row["probe, at vanilla's cost"] = np.interp(budget, run["cost"], run["best_block"])
+    return row
 
 
-def table(results):
-    """Markdown: a row a run, mean and range over seeds at the end, and at vanilla's whole cost."""
-    names, features = {}, list(results["training_images"])
+def table(results, paired):
+    """Markdown: a row a run, mean and range over seeds; paired: of the differences from vanilla of
+    the same seed and noise."""
+    budget, rows = results["protocol"]["steps"], {}
     for name, run in results["runs"].items():
-        names.setdefault(name.rsplit("-", 1)[0], []).append(run)
-    heads = ["run", "noise", "seeds", "loss, EMA", "loss, raw", "probe %", "its block"]
-    heads += [f"distance, {name}" for name in features]
-    heads += ["cost", "loss at vanilla's cost", "probe % at it"] if results["costs"] else []
-    budget, rows = results["protocol"]["steps"], [heads]
-    for group in names.values():
-        blocks = {int(np.argmax(run["levels"][LEVEL]["accuracy"])) for run in group}
-        cells = [group[0]["title"], group[0]["noise"], f"{len(group)}"]
-        for key, digits in (("loss_ema", 4), ("loss_raw", 4), ("best_block", 1)):
-            cells.append(spread([run[key][-1] for run in group], digits))
-        cells.append(" ".join(map(str, sorted(blocks))))
-        cells += [spread([run["distance"][name] for run in group], 2) for name in features]
-        if results["costs"]:
-            cells.append(f"{group[0]['cost'][-1] / budget:.2f}")
-            for key, digits in (("loss_ema", 4), ("best_block", 1)):
-                values = [np.interp(budget, run["cost"], run[key]) for run in group]
-                cells.append(spread(values, digits))
-        rows.append(cells)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" * len(heads) + "|")
-    floor = ", ".join(f"{value:.3f} ({k})" for k, value in results["training_images"].items())
-    note = f"Distances are not FID. Training images in place of samples: {floor}."
-    return "\n".join([*lines, "", note]) + "\n"
+        row, vanilla = numbers(run, budget), "vanilla" if run["noise"] == "flow" else "vanilla_edm"
+        if paired:
+            other = results["runs"].get(f"{vanilla}-{name.rsplit('-', 1)[1]}", run)
+            row = {key: row[key] - value for key, value in numbers(other, budget).items()}
+        if not paired or other is not run:
+            cost = f"{run['cost'][-1] / budget:.2f}" if "cost" in run else "?"
+            rows.setdefault((run["title"], run["noise"], cost), []).append(row)
+    heads = ["run", "noise", "cost", "seeds", *row]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for about, group in rows.items():
+        cells = [*about, str(len(group))]
+        for key in row:
+            values = [row[key] for row in group]
+            form = f"{'+' if paired else ''}.{DIGITS[key.partition(',')[0]]}f"
+            low, mean, high = (format(f(values), form) for f in (min, np.mean, max))
+            cells.append(mean if len(values) == 1 else f"{mean} ({low} to {high})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def figure(shown, results):
@@ -466,7 +468,10 @@ def report(a):
     others = json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=1)[:-2]
     text = f'{others},\n "runs": {{\n' + ",\n".join(rows) + "\n }\n}\n"  # a line a run
     (a.out / "results.json").write_text(text)
-    text = table(results)
+    floor = ", ".join(f"{value:.3f} ({k})" for k, value in results["training_images"].items())
+    floor = f"Distances are not FID. Training images in place of samples: {floor}."
+    parts = [table(results, False), floor, "Minus vanilla:", table(results, True)]
+    text = "\n\n".join(parts) + "\n"
     (a.out / "table.md").write_text(text)
     (a.out / "logs").mkdir(exist_ok=True)
     for path in a.out.glob("*-*/log.jsonl"):
