@@ -49,14 +49,13 @@ from train_sra import Images
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = "image_size model steps batch_size lr warmup threads train_flags".split()
-LEVEL = "0.3"  # of the probe at each quarter
-MEASURES = {  # of probe.py: at which checkpoints, weights, levels
-    "raw": (slice(None), "model"),
-    "ema": (slice(-1), "ema", LEVEL),
-    "end": (slice(-1, None), "ema", LEVEL),
+LEVEL = "0.3"  # of the probe
+MEASURES = {  # of probe.py: at which checkpoints, weights, levels; more with seed 0
+    "raw": (slice(None), "model", [], []),
+    "ema": (slice(-1), "ema", [], [LEVEL]),
+    "end": (slice(-1, None), "ema", [LEVEL], ["0.7", "0.5", "0.1"]),
 }
 DIGITS = {"loss": 4, "probe": 1, "distance": 2}
-MORE_LEVELS = ["0.7", "0.5", "0.1"]  # at the end, with the first seed
 
 
 @dataclass
@@ -66,7 +65,8 @@ class Run:
     steps: where it stops, in turn; after: (run, step) that it starts from, whose cost counts as its
     own; offset: steps of the run that it continues, in the same network; colour: in the figure,
     none for an ablation; measured: its own steps at which it is measured; phases: (step, run) up to
-    which a step costs what it costs in that run, if not in itself.
+    which a step costs what it costs in that run, if not in itself; baseline: with what it is
+    compared, a run of the same noise and network.
     """
 
     title: str
@@ -78,6 +78,7 @@ class Run:
     colour: str = ""
     measured: tuple = ()
     phases: tuple = ()
+    baseline: str = "vanilla"
 
     @property
     def noise(self):
@@ -104,27 +105,28 @@ def plan(a, seed):
     tuned = [*edm, *unmasked, "--init-from", of_run("maskdit", n - tuning)]
     tuned += ["--lr", a.lr / 2, "--warmup", 0]  # the EMA starts anew: it warms up again
 
-    add("stage1", "Self-Transcendence, stage 1 alone", transcend, ["--stage", 1], (n // 2, n))
+    add("stage1", "Self-Transcendence, stage 1", transcend, ["--stage", 1], (n // 2,))
     add("vanilla", "vanilla, flow", sra, alone, colour="#000000")
-    add("vanilla_edm", "vanilla, EDM", sra, [*alone, *edm], colour="#888888")
+    own = {"colour": "#888888", "baseline": "vanilla_edm"}
+    add("vanilla_edm", "vanilla, EDM", sra, [*alone, *edm], **own)
     add("sra", "SRA", sra, [], colour="#0072b2")
-    add("maskdit", "MaskDiT", mdt, edm, (n - tuning, n), colour="#e69f00")
-    continued = {"after": ("maskdit", n - tuning), "offset": n - tuning, "colour": "#8c6000"}
-    continued["phases"] = ((tuning, "maskdit_unmasked"),)
-    add("maskdit_tuned", "MaskDiT, last eighth unmasked", mdt, tuned, (tuning,), **continued)
-    add("sddit", "SD-DiT", sd, teacher, colour="#cc79a7")
+    decoder = {"colour": "#56b4e9", "baseline": "vanilla_edm"}
+    add("maskdit_unmasked", "vanilla, EDM, with decoder", mdt, [*edm, *unmasked], **decoder)
+    with_decoder = {"baseline": "maskdit_unmasked"}
+    add("maskdit", "MaskDiT", mdt, edm, (n - tuning, n), colour="#e69f00", **with_decoder)
+    add("sddit", "SD-DiT", sd, teacher, colour="#cc79a7", **with_decoder)
     stages = {"after": ("stage1", n // 2), "colour": "#009e73"}
     stages["phases"] = ((n // 4, "selftranscendence"), (n, "vanilla"))
     add("selftranscendence", "Self-Transcendence", transcend, stage2, **stages)
     add("diversedit", "DiverseDiT", diverse, [], colour="#d55e00")
-    add("maskdit_unmasked", "MaskDiT's network, nothing hidden", mdt, [*edm, *unmasked])
-    add("sra_no_head", "SRA without its head", sra, ["--head", "none"])
+    continued = {"after": ("maskdit", n - tuning), "offset": n - tuning, **with_decoder}
+    continued["phases"] = ((tuning, "maskdit_unmasked"),)
+    add("maskdit_tuned", "MaskDiT, last eighth unmasked", mdt, tuned, (tuning,), **continued)
     add("diversedit_no_loss", "DiverseDiT without loss", diverse, ["--diversity-weight", 0])
-    short = ["--long-residual", "none"]
-    add("diversedit_no_residuals", "DiverseDiT without residuals", diverse, short)
-    add("sddit_no_loss", "SD-DiT without its loss, masked", sd, [*teacher, *alone])
+    masked = [*teacher, *alone]
+    add("sddit_no_loss", "SD-DiT without its loss, masked", sd, masked, **with_decoder)
     for run in runs.values():
-        steps = [n * k // 4 - run.offset for k in ((1, 2, 3, 4) if run.colour else (2, 4))]
+        steps = [n * k // 4 - run.offset for k in ((1, 2, 3, 4) if run.colour else (4,))]
         run.measured = tuple(step for step in steps if 0 < step <= run.steps[-1])
     return runs
 
@@ -297,11 +299,11 @@ def measure_run(a, name, run, seed):
     log, checkpoints = folder / "output.txt", [checkpoint(folder, step) for step in run.measured]
     if not checkpoints[-1].exists():
         return
-    for kind, (which, weights, *levels) in MEASURES.items():
+    for kind, (which, weights, levels, more) in MEASURES.items():
         if checkpoints[which] and not (folder / kind / "probe.json").exists():
             flags = ["--data", a.out / "data", "--test", a.out / "test", "--out", folder / kind]
-            more = MORE_LEVELS if kind == "end" and seed == a.seeds[0] else []
-            flags += ["--weights", weights, "--levels", *levels, *more, "--images", *a.images]
+            levels = levels + more * (seed == 0)
+            flags += ["--weights", weights, "--levels", *levels, "--images", *a.images]
             command = [os.path.relpath(probe.__file__), *checkpoints[which], *flags]
             execute(command, log, a.threads)
     samples = folder / "samples_end" / "samples.npz"
@@ -363,19 +365,20 @@ def describe(folder, run):
         return None
     raw, *more = (json.loads(path.read_text())["networks"] for path in paths)
     averaged = [entry for part in more for entry in part]
+    probed = [entry["levels"][LEVEL] for entry in averaged if entry.get("levels")]
     for level, found in averaged[-1]["levels"].items():
         for key in ("strength", "time", *(("cka", "cosine") if level != LEVEL else ())):
             found.pop(key)  # the matrices of one level are enough
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     start = [line for line in lines if "start" in line][-1]
     return {
-        **{"title": run.title, "noise": run.noise, "ablation": not run.colour},
+        **{"title": run.title, "noise": run.noise, "baseline": run.baseline},
         "command": "python " + " ".join(start.get("run", start)["command"]),
         "steps": [step + run.offset for step in run.measured],
         "loss_ema": [np.mean(entry["loss"]).round(5) for entry in averaged],
         "loss_raw": [np.mean(entry["loss"]).round(5) for entry in raw],
         "bins_ema": [round(value, 5) for value in averaged[-1]["loss"]],
-        "best_block": [100 * max(entry["levels"][LEVEL]["accuracy"]) for entry in averaged],
+        "best_block": [100 * max(found["accuracy"][1:]) for found in probed],
         "levels": averaged[-1]["levels"],
         "distance": {path.stem.partition("_")[2]: distance(path) for path in distances},
     }
@@ -405,39 +408,45 @@ def collect(a):
     return {"protocol": protocol, "costs": costs, "training_images": floor, "runs": runs}
 
 
-def numbers(run, budget):
-    """Its columns: at the end, and when it has cost what vanilla costs."""
+def numbers(run):
     row = {"loss, EMA": run["loss_ema"][-1], "loss, raw": run["loss_raw"][-1]}
     row["probe, %"] = run["best_block"][-1]
-    row |= {f"distance, {name}": value for name, value in run["distance"].items()}
-    if "cost" in run:
-        row["loss, at vanilla's cost"] = np.interp(budget, run["cost"], run["loss_ema"])
-        row["probe, at vanilla's cost"] = np.interp(budget, run["cost"], run["best_block"])
-    return row
+    return row | {f"distance, {name}": value for name, value in run["distance"].items()}
+
+
+def loss_at(run, cost):
+    """The held-out loss (EMA) when a run has cost that much; between quarters linear in 1 / step,
+    which predicts a quarter from its neighbours much better than linear in steps."""
+    step = np.interp(cost, run["cost"], run["steps"])
+    return np.interp(-1 / step, [-1 / step for step in run["steps"]], run["loss_ema"])
 
 
 def table(results, paired):
-    """Markdown: a row a run, mean and range over seeds; paired: of the differences from vanilla of
-    the same seed and noise."""
-    budget, rows = results["protocol"]["steps"], {}
+    """Markdown: a row a run, mean and range over seeds; paired: of the differences from its
+    baseline with the same seed."""
+    groups, lines = {}, []
     for name, run in results["runs"].items():
-        row, vanilla = numbers(run, budget), "vanilla" if run["noise"] == "flow" else "vanilla_edm"
+        row, about = numbers(run), {"run": run["title"], "noise": run["noise"]}
+        other = results["runs"].get(f"{run['baseline']}-{name.rsplit('-', 1)[1]}", run)
+        if not paired and "cost" in run:
+            about["cost"] = f"{run['cost'][-1] / results['protocol']['steps']:.2f}"
         if paired:
-            other = results["runs"].get(f"{vanilla}-{name.rsplit('-', 1)[1]}", run)
-            row = {key: row[key] - value for key, value in numbers(other, budget).items()}
+            about = {"run": run["title"], "minus": other["title"]}
+            row = {key: row[key] - value for key, value in numbers(other).items()}
+            if "cost" in run and len(run["steps"]) > 1:
+                cost = min(run["cost"][-1], other["cost"][-1])
+                row["loss, EMA, at equal cost"] = loss_at(run, cost) - loss_at(other, cost)
         if not paired or other is not run:
-            cost = f"{run['cost'][-1] / budget:.2f}" if "cost" in run else "?"
-            rows.setdefault((run["title"], run["noise"], cost), []).append(row)
-    heads = ["run", "noise", "cost", "seeds", *row]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for about, group in rows.items():
-        cells = [*about, str(len(group))]
-        for key in row:
-            values = [row[key] for row in group]
+            groups.setdefault(run["title"], (about, []))[1].append(row)
+    for about, rows in groups.values():
+        cells = {**about, "seeds": str(len(rows))}
+        for key in rows[0]:
+            values = [row[key] for row in rows]
             form = f"{'+' if paired else ''}.{DIGITS[key.partition(',')[0]]}f"
             low, mean, high = (format(f(values), form) for f in (min, np.mean, max))
-            cells.append(mean if len(values) == 1 else f"{mean} ({low} to {high})")
-        lines.append("| " + " | ".join(cells) + " |")
+            cells[key] = mean if len(values) == 1 else f"{mean} ({low} to {high})"
+        lines = lines or ["| " + " | ".join(cells) + " |", "|---" * len(cells) + "|"]
+        lines.append("| " + " | ".join(cells.values()) + " |")
     return "\n".join(lines)
 
 
@@ -451,7 +460,8 @@ def figure(shown, results):
         for column, (key, noise) in enumerate(panels):
             lines = []
             for run in results["runs"].values():
-                if run["title"] in of_title and run["noise"] in noise:
+                measured = run["title"] in of_title and len(run[key]) == len(run["steps"])
+                if measured and run["noise"] in noise:
                     lines.append((*of_title[run["title"]], list(zip(run[across], run[key]))))
             name = f"held-out loss, {noise}" if key == "loss_ema" else "best block's probe, %"
             left, top = 60 + column * 400, 35 + row * 320
@@ -470,7 +480,7 @@ def report(a):
     (a.out / "results.json").write_text(text)
     floor = ", ".join(f"{value:.3f} ({k})" for k, value in results["training_images"].items())
     floor = f"Distances are not FID. Training images in place of samples: {floor}."
-    parts = [table(results, False), floor, "Minus vanilla:", table(results, True)]
+    parts = [table(results, False), floor, "Minus its baseline:", table(results, True)]
     text = "\n\n".join(parts) + "\n"
     (a.out / "table.md").write_text(text)
     (a.out / "logs").mkdir(exist_ok=True)
