@@ -14,9 +14,9 @@ imagenet_features.py save them; distances are Frechet's in the space of these fe
 
 Every run is a command of a training script, with a checkpoint at each quarter of the steps.
 Measuring takes the runs that have ended, also beside the training. probe.py: held-out loss of EMA
-and raw weights and linear probe at each quarter, with all levels at the end. sample.py: --num
-images of the last EMA, unguided, from the same noise and labels for all; fid.py compares them with
-all test images. "time": what a step of each run costs, all alternating in one process (costs.json).
+and raw weights at each quarter, linear probe at the end, with seed 0 at each quarter and level.
+sample.py: --num images of the last EMA, unguided, from the same noise and labels for all; fid.py
+compares them with all test images. "time": what a step of each run costs, all alternating in one process (costs.json).
 
 The same command goes on where it was stopped. --out keeps to one protocol: other settings, archives
 or features are refused. Report: results.json, table.md, figure.png, probe.png and logs/ in --out.
@@ -379,7 +379,7 @@ def describe(folder, run):
         "loss_raw": [np.mean(entry["loss"]).round(5) for entry in raw],
         "bins_ema": [round(value, 5) for value in averaged[-1]["loss"]],
         "best_block": [100 * max(found["accuracy"][1:]) for found in probed],
-        "levels": averaged[-1]["levels"],
+        "levels": dict(sorted(averaged[-1]["levels"].items(), reverse=True)),
         "distance": {path.stem.partition("_")[2]: distance(path) for path in distances},
     }
 
@@ -451,23 +451,28 @@ def table(results, paired):
 
 
 def figure(shown, results):
-    """Held-out loss and best block against steps and cost, a line a seed."""
+    """Held-out loss minus the baseline's against steps, and itself against cost; a line a seed."""
     image = Image.new("RGB", (1200, 720), "white")
     draw = ImageDraw.Draw(image)
     of_title = {title: (colour, width) for title, colour, width, _ in shown}
-    panels = [("loss_ema", "flow"), ("loss_ema", "EDM"), ("best_block", "flow EDM")]
-    for row, across in enumerate(("steps", "cost") if results["costs"] else ("steps",)):
-        for column, (key, noise) in enumerate(panels):
-            lines = []
-            for run in results["runs"].values():
-                measured = run["title"] in of_title and len(run[key]) == len(run["steps"])
-                if measured and run["noise"] in noise:
-                    lines.append((*of_title[run["title"]], list(zip(run[across], run[key]))))
-            name = f"held-out loss, {noise}" if key == "loss_ema" else "best block's probe, %"
-            left, top = 60 + column * 400, 35 + row * 320
+    for column, noise in enumerate(("flow", "EDM")):
+        by_steps, by_cost = [], []
+        for name, run in results["runs"].items():
+            if run["title"] in of_title and run["noise"] == noise:
+                form, losses = of_title[run["title"]], run["loss_ema"]
+                other = results["runs"].get(f"{run['baseline']}-{name.rsplit('-', 1)[1]}")
+                if other:
+                    minus = np.subtract(losses, other["loss_ema"])
+                    by_steps.append((*form, list(zip(run["steps"], minus))))
+                by_cost.append((*form, list(zip(run.get("cost", run["steps"]), losses))))
+        titles = (
+            f"held-out loss, {noise}, minus its baseline, by steps",
+            f"held-out loss, {noise}, by cost",
+        )
+        for row, (lines, title) in enumerate(zip((by_steps, by_cost), titles)):
             if lines:
-                box = (left, top, left + 320, top + 260)
-                probe.curves(draw, box, lines, f"{name}, by {across}")
+                left, top = 70 + column * 600, 35 + row * 320
+                probe.curves(draw, (left, top, left + 510, top + 260), lines, title)
     probe.legend(draw, [entry[:2] for entry in shown], 60, 660)
     return image
 
