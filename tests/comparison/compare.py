@@ -16,7 +16,8 @@ Every run is a command of a training script, with a checkpoint at each quarter o
 Measuring takes the runs that have ended, also beside the training. probe.py: held-out loss of EMA
 and raw weights at each quarter, linear probe at the end, with seed 0 at each quarter and level.
 sample.py: --num images of the last EMA, unguided, from the same noise and labels for all; fid.py
-compares them with all test images. "time": what a step of each run costs, all alternating in one process (costs.json).
+compares them with all test images. "time": what a step of each run costs, all alternating in one
+process (costs.json).
 
 The same command goes on where it was stopped. --out keeps to one protocol: other settings, archives
 or features are refused. Report: results.json, table.md, figure.png, probe.png and logs/ in --out.
@@ -465,10 +466,8 @@ def figure(shown, results):
                     minus = np.subtract(losses, other["loss_ema"])
                     by_steps.append((*form, list(zip(run["steps"], minus))))
                 by_cost.append((*form, list(zip(run.get("cost", run["steps"]), losses))))
-        titles = (
-            f"held-out loss, {noise}, minus its baseline, by steps",
-            f"held-out loss, {noise}, by cost",
-        )
+        title = f"held-out loss, {noise}"
+        titles = f"{title}, minus its baseline, by steps", f"{title}, by cost"
         for row, (lines, title) in enumerate(zip((by_steps, by_cost), titles)):
             if lines:
                 left, top = 70 + column * 600, 35 + row * 320
