@@ -110,9 +110,9 @@ def plan(a, seed):
     add("vanilla", "vanilla, flow", sra, alone, colour="#000000")
     own = {"colour": "#888888", "baseline": "vanilla_edm"}
     add("vanilla_edm", "vanilla, EDM", sra, [*alone, *edm], **own)
-    add("sra", "SRA", sra, [], colour="#0072b2")
     decoder = {"colour": "#56b4e9", "baseline": "vanilla_edm"}
     add("maskdit_unmasked", "vanilla, EDM, with decoder", mdt, [*edm, *unmasked], **decoder)
+    add("sra", "SRA", sra, [], colour="#0072b2")
     with_decoder = {"baseline": "maskdit_unmasked"}
     add("maskdit", "MaskDiT", mdt, edm, (n - tuning, n), colour="#e69f00", **with_decoder)
     add("sddit", "SD-DiT", sd, teacher, colour="#cc79a7", **with_decoder)
