@@ -362,7 +362,8 @@ def describe(folder, run):
     kinds = [kind for kind in MEASURES if kind != "ema" or len(run.measured) > 1]
     paths = [folder / kind / "probe.json" for kind in kinds]
     distances = sorted(folder.glob("distance_*.json"))
-    if not distances or not all(path.exists() for path in paths):
+    floors = len(list(folder.parent.glob("floor_*.json")))  # in the features that are asked for
+    if not floors or len(distances) < floors or not all(path.exists() for path in paths):
         return None
     raw, *more = (json.loads(path.read_text())["networks"] for path in paths)
     averaged = [entry for part in more for entry in part]
