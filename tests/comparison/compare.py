@@ -435,8 +435,8 @@ def table(results, paired):
         if paired:
             about = {"run": run["title"], "minus": other["title"]}
             row = {key: row[key] - value for key, value in numbers(other).items()}
-            if "cost" in run and len(run["steps"]) > 1:
-                cost = min(run["cost"][-1], other["cost"][-1])
+            cost = min(entry.get("cost", [0])[-1] for entry in (run, other))
+            if cost and cost >= run["cost"][0]:  # not of ablations that end dearer
                 row["loss, EMA, at equal cost"] = loss_at(run, cost) - loss_at(other, cost)
         if not paired or other is not run:
             groups.setdefault(run["title"], (about, []))[1].append(row)
