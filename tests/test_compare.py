@@ -53,10 +53,10 @@ def test_the_runs_differ_in_their_method_alone():
         words = compare.words(arguments, name, run, 0, run.steps[-1])
         parsed[name] = vars(importlib.import_module(Path(words[0]).stem).parse_args(words[1:]))
     scaffold = set.intersection(*map(set, parsed.values())) - {"out", "align_weight"}
-    ends = [run.measured[-1] + run.offset for run in runs.values() if run.measured]
-    assert ends == [4000] * 11
+    assert [run.measured[-1] + run.offset for run in runs.values() if run.measured] == [4000] * 11
     own = {"maskdit_tuned": "init_from steps lr warmup save_every", "stage1": "steps"}
     vanilla = parsed["vanilla"]
+    assert vanilla["ema_warmup"] and vanilla["diffusion"] == "flow"
     for name, settings in parsed.items():
         differing = {key for key in scaffold if settings[key] != vanilla[key]}
         allowed = {"diffusion"} if runs[name].noise == "EDM" else set()

@@ -436,7 +436,7 @@ def table(results, paired):
             about = {"run": run["title"], "minus": other["title"]}
             row = {key: row[key] - value for key, value in numbers(other).items()}
             cost = min(entry.get("cost", [0])[-1] for entry in (run, other))
-            if cost and cost >= run["cost"][0]:  # not of ablations that end dearer
+            if cost and cost >= run["cost"][0]:  # an ablation has its end alone
                 row["loss, EMA, at equal cost"] = loss_at(run, cost) - loss_at(other, cost)
         if not paired or other is not run:
             groups.setdefault(run["title"], (about, []))[1].append(row)
